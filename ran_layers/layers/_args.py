@@ -1,0 +1,75 @@
+"""Argument checks shared by the layers: one clear error that names the argument, what came and what is allowed."""
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn as nn
+from timm.layers import get_norm_act_layer
+
+LayerType = str | type[nn.Module] | Callable[..., nn.Module]
+
+
+def check_int(name: str, value: Any, minimum: int) -> int:
+    """Return ``value`` if it is an integer of at least ``minimum``.
+
+    Raises:
+        TypeError: ``value`` is no integer (a bool is none either).
+        ValueError: ``value`` is below ``minimum``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int of at least {minimum}, got {value!r} ({type(value).__name__})")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def check_fraction(name: str, value: Any, *, zero: bool, one: bool) -> float:
+    """Return ``value`` if it is a number between 0 and 1; ``zero`` and ``one`` say whether the ends are allowed.
+
+    Raises:
+        TypeError: ``value`` is no number.
+        ValueError: ``value`` is outside the interval.
+    """
+    interval = f"in {'[' if zero else '('}0, 1{']' if one else ')'}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number {interval}, got {value!r} ({type(value).__name__})")
+    if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
+        raise ValueError(f"{name} must be {interval}, got {value}")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """Return ``value`` if it is one of ``allowed``.
+
+    Raises:
+        TypeError: ``value`` is no string.
+        ValueError: ``value`` is another string.
+    """
+    names = ", ".join(repr(choice) for choice in allowed)
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {names}, got {value!r} ({type(value).__name__})")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {names}, got {value!r}")
+    return value
+
+
+def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..., nn.Module]:
+    """Return timm's fused norm + activation layer for the pair, as a constructor that takes ``channels`` first.
+
+    Raises:
+        TypeError: an argument is neither a name nor a layer class.
+        ValueError: timm has no normalisation with an activation of that name or class.
+    """
+    for name, value in (("norm_layer", norm_layer), ("act_layer", act_layer)):
+        if not (isinstance(value, str) or callable(value)):
+            raise TypeError(f"{name} must be a timm layer name or a layer class, got {value!r} ({type(value).__name__})")
+    try:
+        layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
+    except (AssertionError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"norm_layer and act_layer must be names or classes that timm.layers.get_norm_act_layer knows "
+            f"(e.g. 'batchnorm2d', 'groupnorm1', nn.BatchNorm2d; 'relu', 'silu', nn.ReLU), "
+            f"got norm_layer={norm_layer!r}, act_layer={act_layer!r}"
+        ) from error
+    if layer is None:
+        raise ValueError(f"norm_layer must name a normalisation layer, got {norm_layer!r}")
+    return layer

@@ -1,0 +1,109 @@
+"""The Attention Module: a trunk branch, a mask branch, and the residual product of the two.
+
+`Residual Attention Network for Image Classification` - https://arxiv.org/abs/1704.06904
+"""
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from ._args import LayerType, check_choice, check_int
+from .mask_branch import LocalMaskBranch, SoftMaskBranch
+from .residual_unit import ResidualUnit
+
+
+class AttentionModule(nn.Module):
+    """Attention Module (Wang et al. 2017, section 3 and Figure 2).
+
+    With ``x`` the input after ``p`` units, ``T`` the trunk branch (``t`` units on ``x``) and ``M`` the mask branch on
+    ``x``, the output is ``p`` units on ``(1 + M) * T`` (attention residual learning, equation 3) or on ``M * T``
+    (naive attention learning). It keeps the shape, so it fits between any two layers of a convolutional network and
+    wherever timm takes an ``attn_layer``.
+
+    Shapes:
+        input and output ``(batch, channels, height, width)``; with a soft mask, height and width above
+        ``2 ** (mask_depth - 1)``.
+
+    Args:
+        channels: Channels of the input and the output.
+        p: Units before and after the two branches.
+        t: Units of the trunk branch.
+        r: Units at each step of the soft mask branch.
+        mask_depth: Poolings of the soft mask branch. The paper's networks have 3, 2, 1 in stages 1, 2, 3; the default
+            of 1 suits any map of at least 2x2.
+        skips: Skip connections of the soft mask branch; ``mask_depth - 1`` if None.
+        mask: ``'soft'`` (bottom-up top-down) or ``'local'`` (units at one resolution, Table 5).
+        learning: ``'residual'`` for ``(1 + M) * T`` or ``'naive'`` for ``M * T`` (Table 4).
+        mask_act: ``'mixed'``, ``'channel'`` or ``'spatial'`` (section 3.2, Table 1).
+        bottle_ratio: Inner channels over channels in each unit; the unit's own default if None.
+        act_layer: Activation, a timm name or a class.
+        norm_layer: Normalisation, a timm name or a class.
+        drop_path: Probability of dropping a unit's residual branch in training, in [0, 1).
+        unit_layer: The basic unit, a class with the arguments of :class:`ResidualUnit`.
+        trunk: A trunk branch of your own that keeps the shape; ``t`` units if None.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type or outside its range; the message names it.
+        ValueError: In ``forward``, the map is too small for ``mask_depth``.
+
+    Example:
+        >>> module = AttentionModule(64, mask_depth=2)
+        >>> module(torch.randn(2, 64, 15, 20)).shape
+        torch.Size([2, 64, 15, 20])
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            *,
+            p: int = 1,
+            t: int = 2,
+            r: int = 1,
+            mask_depth: int = 1,
+            skips: int | None = None,
+            mask: str = "soft",
+            learning: str = "residual",
+            mask_act: str = "mixed",
+            bottle_ratio: float | None = None,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            drop_path: float = 0.0,
+            unit_layer: Any = ResidualUnit,
+            trunk: nn.Module | None = None,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_int("channels", channels, 1)
+        check_int("p", p, 0)
+        check_int("t", t, 0)
+        check_choice("mask", mask, ("soft", "local"))
+        check_choice("learning", learning, ("residual", "naive"))
+        if trunk is not None and not isinstance(trunk, nn.Module):
+            raise TypeError(f"trunk must be an nn.Module or None, got {trunk!r} ({type(trunk).__name__})")
+        unit_args: dict[str, Any] = dict(
+            act_layer=act_layer, norm_layer=norm_layer, drop_path=drop_path, device=device, dtype=dtype)
+        if bottle_ratio is not None:
+            unit_args["bottle_ratio"] = bottle_ratio
+
+        def units(count: int) -> nn.Sequential:
+            return nn.Sequential(*(unit_layer(channels, **unit_args) for _ in range(count)))
+
+        self.residual = learning == "residual"
+        self.pre = units(p)
+        self.trunk = units(t) if trunk is None else trunk
+        self.mask: nn.Module
+        if mask == "soft":
+            self.mask = SoftMaskBranch(
+                channels, mask_depth=mask_depth, r=r, skips=skips, mask_act=mask_act, unit_layer=unit_layer,
+                **unit_args)
+        else:
+            self.mask = LocalMaskBranch(channels, mask_act=mask_act, unit_layer=unit_layer, **unit_args)
+        self.post = units(p)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pre(x)
+        trunk, mask = self.trunk(x), self.mask(x)
+        # addcmul is trunk + mask * trunk in one pass: (1 + mask) * trunk without the map 1 + mask.
+        x = torch.addcmul(trunk, mask, trunk) if self.residual else mask * trunk
+        return self.post(x)

@@ -1,0 +1,222 @@
+"""Mask branches: from a feature map, a mask of the same shape that weights the trunk's output.
+
+`Residual Attention Network for Image Classification` - https://arxiv.org/abs/1704.06904
+"""
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ._args import LayerType, check_choice, check_int, resolve_norm_act
+from .residual_unit import ResidualUnit, is_preact
+
+MASK_ACTIVATIONS = ("mixed", "channel", "spatial")
+
+
+class MaskActivation(nn.Module):
+    """The last step of a mask branch, in the three forms of the paper (section 3.2, equations 4 to 6).
+
+    - ``mixed``: the sigmoid of each value, no constraint. The networks use this one.
+    - ``channel``: each position's channels divided by their L2 norm.
+    - ``spatial``: each channel's map standardised over its positions, then the sigmoid.
+    """
+
+    def __init__(self, kind: str = "mixed") -> None:
+        super().__init__()
+        self.kind = check_choice("mask_act", kind, MASK_ACTIVATIONS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "channel":
+            return F.normalize(x, dim=1)
+        if self.kind == "spatial":
+            # Not F.instance_norm: it refuses a map of one position in training.
+            mean = x.mean(dim=(2, 3), keepdim=True)
+            var = (x - mean).square().mean(dim=(2, 3), keepdim=True)
+            x = (x - mean) * torch.rsqrt(var + 1e-5)
+        return torch.sigmoid(x)
+
+    def extra_repr(self) -> str:
+        return repr(self.kind)
+
+
+class MaskHead(nn.Sequential):
+    """BN, ReLU, 1x1 convolution, twice, then the :class:`MaskActivation`; keeps the channels.
+
+    With ``preact=False``, after units that end in their own activation (ResNeXt), the first BN and ReLU fall away.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            *,
+            mask_act: str = "mixed",
+            preact: bool = True,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        norm_act = resolve_norm_act(norm_layer, act_layer)
+        super().__init__()
+        if preact:
+            self.norm1 = norm_act(channels, **dd)
+        self.conv1 = nn.Conv2d(channels, channels, 1, bias=False, **dd)
+        self.norm2 = norm_act(channels, **dd)
+        self.conv2 = nn.Conv2d(channels, channels, 1, bias=False, **dd)
+        self.act = MaskActivation(mask_act)
+
+
+@torch.fx.wrap
+def check_map_size(x: torch.Tensor, depth: int) -> torch.Tensor:
+    """Return ``x`` if every one of ``depth`` poolings halves something.
+
+    Raises:
+        ValueError: The map is so small that it would reach one pixel before the last pooling.
+    """
+    # Returned, not only checked, so that graph passes which drop unused nodes keep the check.
+    if min(x.shape[-2], x.shape[-1]) <= 2 ** (depth - 1):
+        raise ValueError(
+            f"a soft mask branch with mask_depth={depth} pools {depth} times and needs a map of at least "
+            f"{2 ** (depth - 1) + 1}x{2 ** (depth - 1) + 1}, got {x.shape[-2]}x{x.shape[-1]}; use a smaller mask_depth"
+        )
+    return x
+
+
+class _UpStep(nn.Module):
+    """One step of the way up: upsample to the size of the step's feature map, add the skip connection, refine."""
+
+    def __init__(self, skip: nn.Module | None, units: nn.Module) -> None:
+        super().__init__()
+        self.skip = skip
+        self.units = units
+
+    def forward(self, x: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
+        x = upsample_to(x, feature)
+        if self.skip is not None:
+            x = x + self.skip(feature)
+        return self.units(x)
+
+
+def upsample_to(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Bilinear interpolation to the recorded height and width of ``target``: any size fits, odd ones too."""
+    return F.interpolate(x, size=target.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class SoftMaskBranch(nn.Module):
+    """Bottom-up top-down mask branch (Wang et al. 2017, section 3.1 and Figure 2).
+
+    Down: ``mask_depth`` times a 3x3 max-pooling of stride 2 and ``r`` units. Bottom: ``r`` more units. Up: bilinear
+    upsampling to the size of each map passed on the way down, plus a skip connection of one unit, and ``r`` units;
+    at last bilinear upsampling to the size of the input. Head: :class:`MaskHead`.
+
+    Shapes:
+        input and output ``(batch, channels, height, width)``, height and width above ``2 ** (mask_depth - 1)``.
+
+    Args:
+        channels: Channels of the input and of the mask.
+        mask_depth: Number of poolings ``d`` (the paper's networks: 3, 2, 1 in stages 1, 2, 3).
+        r: Units at each step between poolings.
+        skips: Skip connections, from the highest resolution down; 0 to ``mask_depth - 1``, all of them if None.
+        mask_act: ``'mixed'``, ``'channel'`` or ``'spatial'``, see :class:`MaskActivation`.
+        unit_layer: The basic unit, a class called with ``(channels, act_layer=, norm_layer=, device=, dtype=)``.
+        **unit_args: Further keyword arguments of ``unit_layer`` (``bottle_ratio``, ``groups``, ``drop_path``).
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type or outside its range; the message names it.
+        ValueError: In ``forward``, the map is too small for ``mask_depth``.
+
+    Example:
+        >>> mask = SoftMaskBranch(64, mask_depth=3)(torch.randn(2, 64, 17, 30))
+        >>> mask.shape, bool(((0 < mask) & (mask < 1)).all())
+        (torch.Size([2, 64, 17, 30]), True)
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            *,
+            mask_depth: int = 1,
+            r: int = 1,
+            skips: int | None = None,
+            mask_act: str = "mixed",
+            unit_layer: Any = ResidualUnit,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device: Any = None,
+            dtype: Any = None,
+            **unit_args: Any,
+    ) -> None:
+        super().__init__()
+        check_int("channels", channels, 1)
+        check_int("mask_depth", mask_depth, 1)
+        check_int("r", r, 1)
+        skips = check_int("skips", mask_depth - 1 if skips is None else skips, 0)
+        if skips > mask_depth - 1:
+            raise ValueError(f"skips must be at most mask_depth - 1 = {mask_depth - 1}, got {skips}")
+        common: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+
+        def units(count: int) -> list[nn.Module]:
+            return [unit_layer(channels, **common, **unit_args) for _ in range(count)]
+
+        self.mask_depth = mask_depth
+        self.down = nn.ModuleList(
+            nn.Sequential(nn.MaxPool2d(3, 2, 1), *units(r)) for _ in range(mask_depth)
+        )
+        self.bottom = nn.Sequential(*units(r))
+        self.up = nn.ModuleList(
+            _UpStep(units(1)[0] if level <= skips else None, nn.Sequential(*units(r)))
+            for level in range(mask_depth - 1, 0, -1)
+        )
+        self.head = MaskHead(channels, mask_act=mask_act, preact=is_preact(unit_layer), **common)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = check_map_size(x, self.mask_depth)
+        features = [x]
+        for down in self.down:
+            x = down(x)
+            features.append(x)
+        x = self.bottom(features.pop())
+        for up in self.up:
+            x = up(x, features.pop())
+        return self.head(upsample_to(x, features.pop()))
+
+
+class LocalMaskBranch(nn.Sequential):
+    """Mask branch without down and up steps: units at the trunk's resolution, then the :class:`MaskHead`.
+
+    The report's Local Mask Branch, the paper's "local convolutions" (section 4.1, Table 5).
+
+    Shapes:
+        input and output ``(batch, channels, height, width)``.
+
+    Args:
+        channels: Channels of the input and of the mask.
+        units: Number of units; 2 in the report.
+        mask_act, unit_layer, act_layer, norm_layer, **unit_args: As in :class:`SoftMaskBranch`.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type or outside its range; the message names it.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            *,
+            units: int = 2,
+            mask_act: str = "mixed",
+            unit_layer: Any = ResidualUnit,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device: Any = None,
+            dtype: Any = None,
+            **unit_args: Any,
+    ) -> None:
+        check_int("channels", channels, 1)
+        check_int("units", units, 0)
+        common: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        super().__init__()
+        self.units = nn.Sequential(*(unit_layer(channels, **common, **unit_args) for _ in range(units)))
+        self.head = MaskHead(channels, mask_act=mask_act, preact=is_preact(unit_layer), **common)

@@ -1,0 +1,29 @@
+"""What the pretrained configurations of all CIFAR networks share."""
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+# Channel means and deviations of the training images, of 255.
+CIFAR_STATS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "cifar10": ((125.307, 122.950, 113.865), (62.993, 62.089, 66.705)),
+    "cifar100": ((129.304, 124.070, 112.434), (68.170, 65.392, 70.418)),
+}
+CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
+
+
+def cifar_cfgs(name: str, cfg: Callable[..., dict[str, Any]], **kwargs: Any) -> dict[str, dict[str, Any]]:
+    """Return the configurations ``NAME.cifar10`` and ``NAME.cifar100``, with the weights the package ships, if any."""
+    cfgs = {}
+    for dataset, (mean, std) in CIFAR_STATS.items():
+        weights = files("ran_layers") / "weights" / f"{name}.{dataset}.safetensors"
+        cfgs[f"{name}.{dataset}"] = cfg(
+            num_classes=CIFAR_CLASSES[dataset],
+            input_size=(3, 32, 32),
+            min_input_size=(3, 16, 16),
+            crop_pct=1.0,
+            mean=tuple(round(m / 255, 6) for m in mean),
+            std=tuple(round(s / 255, 6) for s in std),
+            file=str(weights) if weights.is_file() else None,
+            **kwargs,
+        )
+    return cfgs

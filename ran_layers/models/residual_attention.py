@@ -1,0 +1,401 @@
+"""Residual Attention Networks for 32-px and 224-px images, in timm's form.
+
+`Residual Attention Network for Image Classification` - https://arxiv.org/abs/1704.06904
+
+Three families share one network class:
+
+- ``ran_att56``, ``ran_att92``, ``ran_attnext56``: the authors' ImageNet networks (Table 2), parameter for parameter.
+- ``ran_att*_cifar_orig``: the paper's CIFAR networks (section 4.1), three stages at 32, 16 and 8 px.
+- ``ran_att*_cifar``: the CIFAR networks of a student report on the paper, a quarter of the ImageNet widths behind a
+  stem of stride 2, which makes them the fastest to train.
+"""
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+
+from ..layers import AttentionModule, ResidualUnit, ResNeXtUnit
+from ..layers._args import LayerType, check_int, resolve_norm_act
+from ..layers.residual_unit import is_preact
+from ._cifar import cifar_cfgs
+
+__all__ = ["ResidualAttentionNet"]
+
+
+class Stage(nn.Module):
+    """One stage: an opening unit that sets channels and resolution, Attention Modules, closing units."""
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            stride: int,
+            *,
+            modules: int,
+            closing_units: int,
+            drop_paths: Sequence[float],
+            unit_layer: Any,
+            unit_args: dict[str, Any],
+            attention_args: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        rates = iter(drop_paths)
+        self.grad_checkpointing = False
+        self.blocks = nn.Sequential(
+            unit_layer(in_channels, out_channels, stride, drop_path=next(rates), **unit_args),
+            *(AttentionModule(out_channels, drop_path=next(rates), unit_layer=unit_layer, **attention_args, **unit_args)
+              for _ in range(modules)),
+            *(unit_layer(out_channels, drop_path=next(rates), **unit_args) for _ in range(closing_units)),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class ResidualAttentionNet(nn.Module):
+    """Residual Attention Network (Wang et al. 2017, Table 2 and section 4.1).
+
+    Shapes:
+        input ``(batch, in_chans, height, width)``; logits ``(batch, num_classes)``.
+
+    Args:
+        channels: Output channels of each stage; the first stage keeps the stem's resolution, the others halve it.
+        modules: Attention Modules in each stage.
+        closing_units: Units after the Attention Modules in each stage.
+        mask_depths: Poolings of the soft mask branches in each stage.
+        stem_chs: Channels of the stem's convolution.
+        stem_type: ``'7x7'`` (stride 2, BN, ReLU, max-pooling of stride 2), ``'3x3s2'`` or ``'3x3'`` (one convolution).
+        unit_layer: The basic unit.
+        attention_args: Further arguments of every :class:`~ran_layers.AttentionModule` (``t``, ``r``, ``p``, ``mask``,
+            ``learning``, ``mask_act``).
+        num_classes: Number of classes; 0 for none.
+        in_chans: Channels of the input image.
+        global_pool: timm's pooling name; '' for none.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last block; earlier ones grow to it linearly.
+        act_layer, norm_layer: timm names or classes.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type or outside its range; the message names it.
+    """
+
+    def __init__(
+            self,
+            channels: Sequence[int] = (256, 512, 1024, 2048),
+            modules: Sequence[int] = (1, 1, 1, 0),
+            closing_units: Sequence[int] = (0, 0, 0, 2),
+            mask_depths: Sequence[int] = (3, 2, 1, 1),
+            stem_chs: int = 64,
+            stem_type: str = "7x7",
+            unit_layer: Any = ResidualUnit,
+            attention_args: dict[str, Any] | None = None,
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            global_pool: str = "avg",
+            drop_rate: float = 0.0,
+            drop_path_rate: float = 0.0,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        unit_args: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
+        norm_act = resolve_norm_act(norm_layer, act_layer)
+        lengths = {len(channels), len(modules), len(closing_units), len(mask_depths)}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"channels, modules, closing_units and mask_depths must have one entry per stage, got {channels}, "
+                f"{modules}, {closing_units}, {mask_depths}")
+        check_int("num_classes", num_classes, 0)
+        check_int("in_chans", in_chans, 1)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+
+        self.stem, reduction = _create_stem(stem_type, in_chans, stem_chs, norm_act, dd)
+        self.stem_feat_idx = 1 if stem_type == "7x7" else 0  # the last map before the stem's pooling
+        stem_feat = list(self.stem._modules)[self.stem_feat_idx]
+        self.feature_info = [
+            dict(num_chs=stem_chs, reduction=1 if stem_type == "3x3" else 2, module=f"stem.{stem_feat}")]
+
+        depths = [1 + m + c for m, c in zip(modules, closing_units)]
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        self.stages = nn.Sequential()
+        in_channels = stem_chs
+        for i, out_channels in enumerate(channels):
+            stride = 1 if i == 0 else 2
+            self.stages.append(Stage(
+                in_channels,
+                out_channels,
+                stride,
+                modules=modules[i],
+                closing_units=closing_units[i],
+                drop_paths=drop_paths[i],
+                unit_layer=unit_layer,
+                unit_args=unit_args,
+                attention_args=dict(attention_args or {}, mask_depth=mask_depths[i]),
+            ))
+            in_channels = out_channels
+            reduction *= stride
+            self.feature_info.append(dict(num_chs=out_channels, reduction=reduction, module=f"stages.{i}"))
+
+        self.num_features = in_channels
+        # Units that are not pre-activated (ResNeXt) end in their own ReLU.
+        self.norm = norm_act(in_channels, **dd) if is_preact(unit_layer) else nn.Identity()
+        self.head = ClassifierHead(in_channels, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.num_features
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """He initialisation of the convolutions; small normal weights and zero bias in the classifier."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that put the parameters into ordered groups, for timm's layer decay."""
+        return dict(
+            stem=r"^stem",
+            blocks=r"^stages\.(\d+)" if coarse else [
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade computation for memory: recompute each stage's blocks in the backward pass."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one of ``num_classes`` (0 for none), and the pooling if given."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: int | list[int] | None = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = "NCHW",
+            intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the last features and the stem's and stages' feature maps.
+
+        Args:
+            x: Images.
+            indices: Take the last n maps if an int, all if None, those named if a list (0 is the stem).
+            norm: Apply the final norm to the last stage's map.
+            stop_early: Stop at the last map that was asked for.
+            output_fmt: 'NCHW', the only form there is.
+            intermediates_only: Return the maps alone.
+
+        Raises:
+            ValueError: ``output_fmt`` is another form.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        intermediates = []
+        feature = x
+        for i, layer in enumerate(self.stem):
+            x = layer(x)
+            if i == self.stem_feat_idx:
+                feature = x
+        if 0 in take_indices:
+            intermediates.append(feature)
+
+        last = len(self.stages)
+        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[:max_index]
+        index = 0
+        for index, stage in enumerate(stages, start=1):
+            x = stage(x)
+            if index in take_indices:
+                intermediates.append(self.norm(x) if norm and index == last else x)
+        if intermediates_only:
+            return intermediates
+        if index == last:
+            x = self.norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: int | list[int] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Drop what is not needed for the intermediate feature maps ``indices``; return their indices."""
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        cut = max_index < len(self.stages)
+        self.stages = self.stages[:max_index]
+        if max_index == 0:
+            self.stem = self.stem[:self.stem_feat_idx + 1]
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if cut:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the normalised map of the last stage, ``(batch, num_features, height, width)``."""
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool and classify; stop before the classifier if ``pre_logits``."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _create_stem(
+        stem_type: str, in_chans: int, stem_chs: int, norm_act: Any, dd: dict[str, Any]) -> tuple[nn.Sequential, int]:
+    """Return the stem and the reduction of its output."""
+    stem = nn.Sequential()
+    if stem_type == "7x7":
+        stem.add_module("conv", nn.Conv2d(in_chans, stem_chs, 7, 2, 3, bias=False, **dd))
+        stem.add_module("norm", norm_act(stem_chs, **dd))
+        stem.add_module("pool", nn.MaxPool2d(3, 2, 1))
+        return stem, 4
+    if stem_type in ("3x3", "3x3s2"):
+        stride = 2 if stem_type == "3x3s2" else 1
+        stem.add_module("conv", nn.Conv2d(in_chans, stem_chs, 3, stride, 1, bias=False, **dd))
+        return stem, stride
+    raise ValueError(f"stem_type must be '7x7', '3x3' or '3x3s2', got {stem_type!r}")
+
+
+def _create_ran(variant: str, pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    levels = len(kwargs.get("channels", (256, 512, 1024, 2048))) + 1
+    return build_model_with_cfg(
+        ResidualAttentionNet, variant, pretrained,
+        feature_cfg=dict(out_indices=tuple(range(levels)), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000, "input_size": (3, 224, 224), "min_input_size": (3, 64, 64), "pool_size": (7, 7),
+        "crop_pct": 0.875, "interpolation": "bilinear", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv", "classifier": "head.fc", "license": "apache-2.0",
+        "paper_name": "Residual Attention Network for Image Classification", "paper_ids": "arXiv:1704.06904",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    "ran_att56.untrained": _cfg(),
+    "ran_att92.untrained": _cfg(),
+    "ran_attnext56.untrained": _cfg(),
+    **cifar_cfgs("ran_att56_cifar", _cfg, pool_size=(2, 2)),
+    **cifar_cfgs("ran_att92_cifar", _cfg, pool_size=(2, 2)),
+    **cifar_cfgs("ran_att92_cifar_wide", _cfg, pool_size=(4, 4)),
+    **cifar_cfgs("ran_att56_cifar_orig", _cfg, pool_size=(8, 8)),
+    **cifar_cfgs("ran_att92_cifar_orig", _cfg, pool_size=(8, 8)),
+    **cifar_cfgs("ran_att128_cifar_orig", _cfg, pool_size=(8, 8)),
+    **cifar_cfgs("ran_att164_cifar_orig", _cfg, pool_size=(8, 8)),
+    **cifar_cfgs("ran_att236_cifar_orig", _cfg, pool_size=(8, 8)),
+    **cifar_cfgs("ran_att452_cifar_orig", _cfg, pool_size=(8, 8)),
+})
+
+# What the networks of a family share. The report's CIFAR widths are a quarter of the ImageNet ones.
+_CIFAR_REPORT: dict[str, Any] = dict(channels=(64, 128, 256, 512), stem_chs=64, stem_type="3x3s2")
+_CIFAR_ORIG: dict[str, Any] = dict(
+    channels=(64, 128, 256), closing_units=(1, 1, 1), mask_depths=(3, 2, 1), stem_chs=16, stem_type="3x3")
+
+
+@register_model
+def ran_att56(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-56 for ImageNet (Table 2): 31.8 M parameters."""
+    return _create_ran("ran_att56", pretrained, **{"modules": (1, 1, 1, 0), **kwargs})
+
+
+@register_model
+def ran_att92(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Attention-92 for ImageNet (Table 2): 52.5 M parameters."""
+    return _create_ran("ran_att92", pretrained, **{"modules": (1, 2, 3, 0), **kwargs})
+
+
+@register_model
+def ran_attnext56(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """AttentionNeXt-56 for ImageNet (section 4.2): ResNeXt units, 31.3 M parameters."""
+    return _create_ran("ran_attnext56", pretrained, **{"unit_layer": ResNeXtUnit, **kwargs})
+
+
+@register_model
+def ran_att56_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """The report's Attention-56 for CIFAR (its Table 2): 1.88 M parameters."""
+    return _create_ran("ran_att56_cifar", pretrained, **{**_CIFAR_REPORT, **kwargs})
+
+
+@register_model
+def ran_att92_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """The report's Attention-92 for CIFAR (its Table 2): 2.69 M parameters."""
+    return _create_ran("ran_att92_cifar", pretrained, **{**_CIFAR_REPORT, "modules": (2, 2, 2, 0), **kwargs})
+
+
+@register_model
+def ran_att92_cifar_wide(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """Our wide Attention-92 for CIFAR: three times the report's widths behind a stem of stride 1."""
+    args = dict(channels=(192, 384, 768, 1536), modules=(2, 2, 2, 0), stem_chs=64, stem_type="3x3")
+    return _create_ran("ran_att92_cifar_wide", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def ran_att56_cifar_orig(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """The paper's Attention-56 for CIFAR (section 4.1), m = 1: 1.03 M parameters."""
+    return _create_ran("ran_att56_cifar_orig", pretrained, **{**_CIFAR_ORIG, "modules": (1, 1, 1), **kwargs})
+
+
+@register_model
+def ran_att92_cifar_orig(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """The paper's Attention-92 for CIFAR (section 4.1), m = 2: 1.84 M parameters."""
+    return _create_ran("ran_att92_cifar_orig", pretrained, **{**_CIFAR_ORIG, "modules": (2, 2, 2), **kwargs})
+
+
+@register_model
+def ran_att128_cifar_orig(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """The paper's Attention-128 for CIFAR (section 4.1), m = 3: 2.65 M parameters."""
+    return _create_ran("ran_att128_cifar_orig", pretrained, **{**_CIFAR_ORIG, "modules": (3, 3, 3), **kwargs})
+
+
+@register_model
+def ran_att164_cifar_orig(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """The paper's Attention-164 for CIFAR (section 4.1), m = 4: 3.46 M parameters."""
+    return _create_ran("ran_att164_cifar_orig", pretrained, **{**_CIFAR_ORIG, "modules": (4, 4, 4), **kwargs})
+
+
+@register_model
+def ran_att236_cifar_orig(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """The paper's Attention-236 for CIFAR (Table 6), m = 6: 5.08 M parameters."""
+    return _create_ran("ran_att236_cifar_orig", pretrained, **{**_CIFAR_ORIG, "modules": (6, 6, 6), **kwargs})
+
+
+@register_model
+def ran_att452_cifar_orig(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
+    """The paper's Attention-452 for CIFAR (Table 6), m = 6 with p = 2, t = 4, r = 3: 10.2 M parameters."""
+    args = dict(_CIFAR_ORIG, modules=(6, 6, 6), attention_args=dict(p=2, t=4, r=3))
+    return _create_ran("ran_att452_cifar_orig", pretrained, **{**args, **kwargs})
