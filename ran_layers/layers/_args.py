@@ -3,7 +3,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn as nn
-from timm.layers import get_norm_act_layer
+from timm.layers import create_act_layer, get_norm_act_layer
 
 LayerType = str | type[nn.Module] | Callable[..., nn.Module]
 
@@ -52,6 +52,17 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     return value
 
 
+def check_layer(name: str, value: Any) -> Any:
+    """Return ``value`` if it can be called as a layer class.
+
+    Raises:
+        TypeError: ``value`` is no callable.
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be a layer class, got {value!r} ({type(value).__name__})")
+    return value
+
+
 def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..., nn.Module]:
     """Return timm's fused norm + activation layer for the pair, as a constructor that takes ``channels`` first.
 
@@ -61,8 +72,9 @@ def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..
     """
     for name, value in (("norm_layer", norm_layer), ("act_layer", act_layer)):
         if not (isinstance(value, str) or callable(value)):
-            raise TypeError(f"{name} must be a timm layer name or a layer class, got {value!r} ({type(value).__name__})")
+            raise TypeError(f"{name} must be a layer's timm name or class, got {value!r} ({type(value).__name__})")
     try:
+        create_act_layer(act_layer)  # timm looks a name up only when the fused layer is built
         layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
     except (AssertionError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(

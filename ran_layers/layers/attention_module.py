@@ -7,18 +7,21 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ._args import LayerType, check_choice, check_int
+from ._args import LayerType, check_choice, check_int, check_layer
+from ._hub_mixin import HubMixin
 from .mask_branch import LocalMaskBranch, SoftMaskBranch
 from .residual_unit import ResidualUnit
 
 
-class AttentionModule(nn.Module):
+class AttentionModule(nn.Module, HubMixin):
     """Attention Module (Wang et al. 2017, section 3 and Figure 2).
 
     With ``x`` the input after ``p`` units, ``T`` the trunk branch (``t`` units on ``x``) and ``M`` the mask branch on
     ``x``, the output is ``p`` units on ``(1 + M) * T`` (attention residual learning, equation 3) or on ``M * T``
     (naive attention learning). It keeps the shape, so it fits between any two layers of a convolutional network and
     wherever timm takes an ``attn_layer``.
+
+    Saves and loads by itself: ``save_pretrained``, ``push_to_hub``, ``from_pretrained`` (huggingface_hub's mixin).
 
     Shapes:
         input and output ``(batch, channels, height, width)``; with a soft mask, height and width above
@@ -77,8 +80,11 @@ class AttentionModule(nn.Module):
         check_int("channels", channels, 1)
         check_int("p", p, 0)
         check_int("t", t, 0)
+        check_int("r", r, 1)
+        check_int("mask_depth", mask_depth, 1)
         check_choice("mask", mask, ("soft", "local"))
         check_choice("learning", learning, ("residual", "naive"))
+        check_layer("unit_layer", unit_layer)
         if trunk is not None and not isinstance(trunk, nn.Module):
             raise TypeError(f"trunk must be an nn.Module or None, got {trunk!r} ({type(trunk).__name__})")
         unit_args: dict[str, Any] = dict(

@@ -9,7 +9,8 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ._args import LayerType, check_choice, check_int, resolve_norm_act
+from ._args import LayerType, check_choice, check_int, check_layer, resolve_norm_act
+from ._hub_mixin import HubMixin
 from .residual_unit import ResidualUnit, is_preact
 
 MASK_ACTIVATIONS = ("mixed", "channel", "spatial")
@@ -77,10 +78,11 @@ def check_map_size(x: torch.Tensor, depth: int) -> torch.Tensor:
         ValueError: The map is so small that it would reach one pixel before the last pooling.
     """
     # Returned, not only checked, so that graph passes which drop unused nodes keep the check.
-    if min(x.shape[-2], x.shape[-1]) <= 2 ** (depth - 1):
+    least = 2 ** (depth - 1) + 1
+    if x.shape[-2] < least or x.shape[-1] < least:
         raise ValueError(
-            f"a soft mask branch with mask_depth={depth} pools {depth} times and needs a map of at least "
-            f"{2 ** (depth - 1) + 1}x{2 ** (depth - 1) + 1}, got {x.shape[-2]}x{x.shape[-1]}; use a smaller mask_depth"
+            f"a soft mask branch with mask_depth={depth} needs a map of at least {least}x{least}, "
+            f"got {x.shape[-2]}x{x.shape[-1]}; use a smaller mask_depth"
         )
     return x
 
@@ -105,12 +107,14 @@ def upsample_to(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.interpolate(x, size=target.shape[-2:], mode="bilinear", align_corners=False)
 
 
-class SoftMaskBranch(nn.Module):
+class SoftMaskBranch(nn.Module, HubMixin):
     """Bottom-up top-down mask branch (Wang et al. 2017, section 3.1 and Figure 2).
 
     Down: ``mask_depth`` times a 3x3 max-pooling of stride 2 and ``r`` units. Bottom: ``r`` more units. Up: bilinear
     upsampling to the size of each map passed on the way down, plus a skip connection of one unit, and ``r`` units;
     at last bilinear upsampling to the size of the input. Head: :class:`MaskHead`.
+
+    Saves and loads by itself: ``save_pretrained``, ``push_to_hub``, ``from_pretrained`` (huggingface_hub's mixin).
 
     Shapes:
         input and output ``(batch, channels, height, width)``, height and width above ``2 ** (mask_depth - 1)``.
@@ -153,6 +157,7 @@ class SoftMaskBranch(nn.Module):
         check_int("channels", channels, 1)
         check_int("mask_depth", mask_depth, 1)
         check_int("r", r, 1)
+        check_layer("unit_layer", unit_layer)
         skips = check_int("skips", mask_depth - 1 if skips is None else skips, 0)
         if skips > mask_depth - 1:
             raise ValueError(f"skips must be at most mask_depth - 1 = {mask_depth - 1}, got {skips}")
@@ -216,6 +221,7 @@ class LocalMaskBranch(nn.Sequential):
     ) -> None:
         check_int("channels", channels, 1)
         check_int("units", units, 0)
+        check_layer("unit_layer", unit_layer)
         common: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         super().__init__()
         self.units = nn.Sequential(*(unit_layer(channels, **common, **unit_args) for _ in range(units)))

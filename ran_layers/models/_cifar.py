@@ -11,7 +11,7 @@ CIFAR_STATS: dict[str, tuple[tuple[float, float, float], tuple[float, float, flo
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
-def cifar_cfgs(name: str, cfg: Callable[..., dict[str, Any]], **kwargs: Any) -> dict[str, dict[str, Any]]:
+def cifar_cfgs(name: str, cfg: Callable[..., dict[str, Any]], **kwargs: Any) -> dict[str, Any]:
     """Return the configurations ``NAME.cifar10`` and ``NAME.cifar100``, with the weights the package ships, if any."""
     cfgs = {}
     for dataset, (mean, std) in CIFAR_STATS.items():

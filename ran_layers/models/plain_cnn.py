@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, get_device_dtype
+from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
-from ..layers._args import LayerType, resolve_norm_act
+from ..layers._args import LayerType, check_fraction, check_int, resolve_norm_act
 from ._cifar import cifar_cfgs
+from ._pretrained import safetensors_only
 
 __all__ = ["PlainCNN"]
 
@@ -69,18 +70,25 @@ class PlainCNN(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         norm_act = resolve_norm_act(norm_layer, act_layer)
+        if len(channels) != len(depths):
+            raise ValueError(f"channels and depths must have one entry per stage, got {channels}, {depths}")
+        check_int("num_classes", num_classes, 0)
+        check_int("in_chans", in_chans, 1)
+        check_fraction("drop_rate", drop_rate, zero=True, one=False)
+        check_fraction("drop_path_rate", drop_path_rate, zero=True, one=False)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.stages = nn.Sequential()
-        self.feature_info = []
+        self.feature_info: list[dict[str, Any]] = []
         in_channels = in_chans
         for i, (out_channels, depth) in enumerate(zip(channels, depths)):
             self.stages.append(PlainStage(in_channels, out_channels, depth, i > 0, norm_act, dd))
             self.feature_info.append(dict(num_chs=out_channels, reduction=2 ** i, module=f"stages.{i}"))
             in_channels = out_channels
-        self.num_features = self.head_hidden_size = in_channels
+        self.num_features = in_channels
         self.head = ClassifierHead(in_channels, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = in_channels * self.head.global_pool.feat_mult()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -91,7 +99,7 @@ class PlainCNN(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade computation for memory: recompute each stage in the backward pass."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -101,7 +109,10 @@ class PlainCNN(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one of ``num_classes`` (0 for none), and the pooling if given."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.head.in_features = self.num_features  # fewer than at first if stages were pruned
+        self.head.reset(num_classes, global_pool)
+        self.head.to(next(self.parameters()))  # its device and dtype
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
             self,
@@ -114,15 +125,20 @@ class PlainCNN(nn.Module):
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Return the last features and the stages' feature maps; arguments as in timm's networks."""
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+            raise ValueError(f"output_fmt must be 'NCHW', got '{output_fmt}'")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         intermediates = []
-        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[:max_index + 1]
+        if torch.jit.is_scripting() or not stop_early:  # a slice cannot be scripted
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index + 1]
         for i, stage in enumerate(stages):
             x = stage(x)
             if i in take_indices:
                 intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
 
     def prune_intermediate_layers(
             self,
@@ -135,7 +151,7 @@ class PlainCNN(nn.Module):
         cut = max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
         if cut:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+            self.num_features = self.feature_info[max_index]["num_chs"]
         if prune_head or cut:
             self.reset_classifier(0, "")
         return take_indices
@@ -167,4 +183,5 @@ default_cfgs = generate_default_cfgs(cifar_cfgs("plain_cnn8_cifar", _cfg, pool_s
 def plain_cnn8_cifar(pretrained: bool = False, **kwargs: Any) -> PlainCNN:
     """The report's plain 8-layer network: 0.58 M parameters."""
     feature_cfg = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
-    return build_model_with_cfg(PlainCNN, "plain_cnn8_cifar", pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_model_with_cfg(
+        PlainCNN, "plain_cnn8_cifar", pretrained, feature_cfg=feature_cfg, **safetensors_only(pretrained, kwargs))

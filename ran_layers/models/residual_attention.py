@@ -15,14 +15,15 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype
+from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
 from ..layers import AttentionModule, ResidualUnit, ResNeXtUnit
-from ..layers._args import LayerType, check_int, resolve_norm_act
+from ..layers._args import LayerType, check_fraction, check_int, check_layer, resolve_norm_act
 from ..layers.residual_unit import is_preact
 from ._cifar import cifar_cfgs
+from ._pretrained import safetensors_only
 
 __all__ = ["ResidualAttentionNet"]
 
@@ -110,13 +111,15 @@ class ResidualAttentionNet(nn.Module):
         dd = {"device": device, "dtype": dtype}
         unit_args: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
         norm_act = resolve_norm_act(norm_layer, act_layer)
-        lengths = {len(channels), len(modules), len(closing_units), len(mask_depths)}
-        if len(lengths) > 1:
+        if not len(channels) == len(modules) == len(closing_units) == len(mask_depths):
             raise ValueError(
                 f"channels, modules, closing_units and mask_depths must have one entry per stage, got {channels}, "
                 f"{modules}, {closing_units}, {mask_depths}")
         check_int("num_classes", num_classes, 0)
         check_int("in_chans", in_chans, 1)
+        check_fraction("drop_rate", drop_rate, zero=True, one=False)
+        check_fraction("drop_path_rate", drop_path_rate, zero=True, one=False)
+        check_layer("unit_layer", unit_layer)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -124,7 +127,7 @@ class ResidualAttentionNet(nn.Module):
         self.stem, reduction = _create_stem(stem_type, in_chans, stem_chs, norm_act, dd)
         self.stem_feat_idx = 1 if stem_type == "7x7" else 0  # the last map before the stem's pooling
         stem_feat = list(self.stem._modules)[self.stem_feat_idx]
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             dict(num_chs=stem_chs, reduction=1 if stem_type == "3x3" else 2, module=f"stem.{stem_feat}")]
 
         depths = [1 + m + c for m, c in zip(modules, closing_units)]
@@ -134,15 +137,13 @@ class ResidualAttentionNet(nn.Module):
         for i, out_channels in enumerate(channels):
             stride = 1 if i == 0 else 2
             self.stages.append(Stage(
-                in_channels,
-                out_channels,
-                stride,
+                in_channels, out_channels, stride,
                 modules=modules[i],
                 closing_units=closing_units[i],
                 drop_paths=drop_paths[i],
                 unit_layer=unit_layer,
                 unit_args=unit_args,
-                attention_args=dict(attention_args or {}, mask_depth=mask_depths[i]),
+                attention_args={"mask_depth": mask_depths[i], **(attention_args or {})},
             ))
             in_channels = out_channels
             reduction *= stride
@@ -152,35 +153,32 @@ class ResidualAttentionNet(nn.Module):
         # Units that are not pre-activated (ResNeXt) end in their own ReLU.
         self.norm = norm_act(in_channels, **dd) if is_preact(unit_layer) else nn.Identity()
         self.head = ClassifierHead(in_channels, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.num_features
+        self.head_hidden_size = in_channels * self.head.global_pool.feat_mult()
         self.init_weights()
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """He initialisation of the convolutions; small normal weights and zero bias in the classifier."""
+        """He initialisation of the convolutions, small normal weights in the classifier, norms as PyTorch does."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
+            elif callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that put the parameters into ordered groups, for timm's layer decay."""
-        return dict(
-            stem=r"^stem",
-            blocks=r"^stages\.(\d+)" if coarse else [
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        )
+        fine = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else fine)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade computation for memory: recompute each stage's blocks in the backward pass."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -190,7 +188,10 @@ class ResidualAttentionNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one of ``num_classes`` (0 for none), and the pooling if given."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.head.in_features = self.num_features  # fewer than at first if stages were pruned
+        self.head.reset(num_classes, global_pool)
+        self.head.to(next(self.parameters()))  # its device and dtype
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
             self,
@@ -208,26 +209,23 @@ class ResidualAttentionNet(nn.Module):
             indices: Take the last n maps if an int, all if None, those named if a list (0 is the stem).
             norm: Apply the final norm to the last stage's map.
             stop_early: Stop at the last map that was asked for.
-            output_fmt: 'NCHW', the only form there is.
+            output_fmt: 'NCHW', the only form there is; any other raises a ``ValueError``.
             intermediates_only: Return the maps alone.
-
-        Raises:
-            ValueError: ``output_fmt`` is another form.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+            raise ValueError(f"output_fmt must be 'NCHW', got '{output_fmt}'")
         take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
         intermediates = []
-        feature = x
         for i, layer in enumerate(self.stem):
             x = layer(x)
-            if i == self.stem_feat_idx:
-                feature = x
-        if 0 in take_indices:
-            intermediates.append(feature)
+            if i == self.stem_feat_idx and 0 in take_indices:
+                intermediates.append(x)
 
         last = len(self.stages)
-        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[:max_index]
+        if torch.jit.is_scripting() or not stop_early:  # a slice cannot be scripted
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index]
         index = 0
         for index, stage in enumerate(stages, start=1):
             x = stage(x)
@@ -254,7 +252,7 @@ class ResidualAttentionNet(nn.Module):
         if prune_norm or cut:
             self.norm = nn.Identity()
         if cut:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+            self.num_features = self.feature_info[max_index]["num_chs"]
         if prune_head or cut:
             self.reset_classifier(0, "")
         return take_indices
@@ -292,7 +290,7 @@ def _create_ran(variant: str, pretrained: bool = False, **kwargs: Any) -> Residu
     return build_model_with_cfg(
         ResidualAttentionNet, variant, pretrained,
         feature_cfg=dict(out_indices=tuple(range(levels)), flatten_sequential=True),
-        **kwargs,
+        **safetensors_only(pretrained, kwargs),
     )
 
 
