@@ -1,0 +1,88 @@
+"""Checkpoints that survive the machine: one safetensors file, tensors inside, the rest as JSON in its header.
+
+The file is written under a temporary name, flushed to the disk and renamed, so the last good one is always whole.
+Nothing is ever unpickled.
+"""
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from errors import RunError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+FILE_NAME = "checkpoint.safetensors"
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` so that the file is at every moment either the old or the new one, whole.
+
+    Raises:
+        RunError: The disk is full, there is no permission, ...; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror}; the previous file is untouched") from error
+
+
+def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: dict[str, Any]) -> None:
+    """Write the checkpoint of a run: ``tensors`` by name and ``state``, anything that JSON holds."""
+    arrays = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(folder / FILE_NAME, save(arrays, metadata={"state": json.dumps(state)}))
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return tensors and state of the checkpoint in ``folder``.
+
+    Raises:
+        RunError: There is none, or it is damaged.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise RunError(f"no checkpoint to resume in {folder}: {FILE_NAME} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            return {name: file.get_tensor(name) for name in file.keys()}, state
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}); remove it and start again") from error
+
+
+def prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the items of ``tensors`` with ``prefix`` and a dot before each name."""
+    for name, tensor in tensors.items():
+        yield f"{prefix}.{name}", tensor
+
+
+def without_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors whose name starts with ``prefix`` and a dot, under the rest of their names."""
+    start = prefix + "."
+    return {name[len(start):]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return the optimiser's state as tensors, ``INDEX.KEY`` by name; scalars are tensors already or become some."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{key}": torch.as_tensor(value)
+        for index, entries in state.items() for key, value in entries.items() if value is not None
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put back what :func:`optimizer_tensors` returned; hyper-parameters stay those of ``optimizer``."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,170 @@
+"""The data sets: CIFAR-10 and CIFAR-100 from the Hub's Parquet files or a folder of them, and embedded digits.
+
+A data set is four tensors in memory; nothing is decoded twice.
+"""
+import io
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from errors import RunError
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where a CIFAR data set lies on the Hub and what its rows look like."""
+
+    repo: str
+    folder: str
+    label: str
+    classes: int
+
+
+SPECS = {
+    "cifar10": Spec("uoft-cs/cifar10", "plain_text", "label", 10),
+    "cifar100": Spec("uoft-cs/cifar100", "cifar100", "fine_label", 100),
+}
+DATASETS = (*SPECS, "digits")
+
+
+@dataclass
+class Dataset:
+    """Images ``(rows, height, width, channels)`` uint8, labels ``(rows,)`` int64, both splits, and class names."""
+
+    name: str
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    class_names: list[str]
+    mean: tuple[float, ...]  # of the training images, per channel, in [0, 1]
+    std: tuple[float, ...]
+
+
+def load_dataset(name: str, data_dir: str | None = None) -> Dataset:
+    """Return the data set ``name``, from ``data_dir`` if given, otherwise from the Hub's cache or the Hub.
+
+    Args:
+        name: ``'cifar10'``, ``'cifar100'`` or ``'digits'``.
+        data_dir: Folder with the Parquet files in the Hub's layout: ``uoft-cs/cifar10/plain_text/*.parquet``, or
+            any folder further in.
+
+    Raises:
+        RunError: The files are missing, damaged, or of another form.
+    """
+    if name == "digits":
+        splits, names = _digits()
+    else:
+        spec = SPECS[name]
+        files = _local_files(spec, Path(data_dir)) if data_dir else _hub_files(spec)
+        splits, names = {}, []
+        for split in ("train", "test"):
+            splits[split], names = _read_parquet(files[split], spec)
+    images, labels = splits["train"]
+    pixels = images.reshape(-1, images.shape[-1]).double() / 255
+    return Dataset(
+        name, images, labels, *splits["test"], class_names=names,
+        mean=tuple(round(m, 6) for m in pixels.mean(0).tolist()),
+        std=tuple(round(s, 6) for s in pixels.std(0, correction=0).tolist()),
+    )
+
+
+def _digits() -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[str]]:
+    """scikit-learn's 8x8 handwritten digits as 32x32 RGB; every fifth image is for testing."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    images = torch.nn.functional.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
+    images = images.round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
+    labels = torch.from_numpy(digits.target).long()
+    test = torch.arange(len(labels)) % 5 == 0
+    return {"train": (images[~test], labels[~test]), "test": (images[test], labels[test])}, [str(i) for i in range(10)]
+
+
+def _local_files(spec: Spec, data_dir: Path) -> dict[str, list[Path]]:
+    for folder in (data_dir / spec.repo / spec.folder, data_dir / spec.repo.split("/")[1] / spec.folder,
+                   data_dir / spec.folder, data_dir):
+        files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in ("train", "test")}
+        if files["train"] and files["test"]:
+            return files
+    raise RunError(
+        f"no Parquet files of {spec.repo} under {data_dir}: expected "
+        f"{data_dir / spec.repo / spec.folder}/train-*.parquet and test-*.parquet")
+
+
+def _hub_files(spec: Spec) -> dict[str, list[Path]]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    patterns = [f"{spec.folder}/{split}-*.parquet" for split in ("train", "test")]
+    try:
+        root = Path(snapshot_download(spec.repo, repo_type="dataset", allow_patterns=patterns))
+        return _local_files(spec, root)
+    except RunError:
+        raise
+    except Exception as error:  # offline, no such host, no cache, ...: the client has many names for it
+        reason = str(error).strip().splitlines()
+        raise RunError(
+            f"cannot get {spec.repo} from the Hub ({type(error).__name__}: {reason[0][:160] if reason else ''}); "
+            f"use --data-dir for Parquet files on disk, or --dataset digits, which needs no download"
+        ) from error
+
+
+def _read_parquet(files: list[Path], spec: Spec) -> tuple[tuple[torch.Tensor, torch.Tensor], list[str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    blobs: list[bytes] = []
+    labels: list[int] = []
+    names = [str(i) for i in range(spec.classes)]
+    for file in files:
+        try:
+            table = pyarrow.parquet.read_table(file)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise RunError(f"{file} cannot be read as Parquet ({str(error).splitlines()[0][:160]}); fetch it again"
+                            ) from error
+        if not {"img", spec.label} <= set(table.column_names):
+            raise RunError(f"{file} must have the columns 'img' and '{spec.label}', it has {table.column_names}")
+        column = table["img"].combine_chunks()
+        if not pyarrow.types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:
+            raise RunError(f"{file}: column 'img' must be a struct with the field 'bytes', it is {column.type}")
+        blobs += column.field("bytes").to_pylist()
+        labels += table[spec.label].to_pylist()
+        names = _class_names(table.schema.metadata, spec) or names
+
+    bad = next((label for label in labels if not (isinstance(label, int) and 0 <= label < spec.classes)), None)
+    if bad is not None or not labels:
+        raise RunError(f"{files[0].parent}: labels must be in 0..{spec.classes - 1}, found {bad}")
+    # Pillow decodes outside the interpreter lock, so threads help.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        try:
+            images = np.stack(list(pool.map(_decode, blobs, chunksize=1000)))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"{files[0].parent}: an image cannot be decoded ({error}); fetch the files again") from error
+    return (torch.from_numpy(images), torch.tensor(labels)), names
+
+
+def _decode(blob: bytes) -> np.ndarray:
+    from PIL import Image
+
+    image = np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))
+    if image.shape != (32, 32, 3):
+        raise ValueError(f"expected 32x32 images, found {image.shape[1]}x{image.shape[0]}")
+    return image
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, spec: Spec) -> list[str] | None:
+    """Class names as the ``datasets`` library stores them in a Parquet file's metadata."""
+    try:
+        info: Any = json.loads((metadata or {})[b"huggingface"])
+        names = info["info"]["features"][spec.label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return names if len(names) == spec.classes else None

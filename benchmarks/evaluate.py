@@ -1,0 +1,75 @@
+"""Scoring a network on images in memory, counting its cost, and saving and loading it in timm's form."""
+import copy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import augment
+import torch
+from checkpoint import write_atomic
+from errors import RunError
+from timm import create_model
+from timm.models import save_for_hf
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@torch.inference_mode()
+def evaluate(
+        model: Any, images: torch.Tensor, labels: torch.Tensor, device: torch.device, autocast: Any,
+        flip: bool = False, batch_size: int = 500,
+) -> dict[str, float]:
+    """Return top-1 and top-5 accuracy in percent of ``model`` on uint8 ``images`` ``(rows, height, width, channels)``.
+
+    Args:
+        flip: Average the logits of each image and its mirror image (test-time augmentation).
+    """
+    was_training = model.training
+    model.eval()
+    mean = torch.tensor(model.pretrained_cfg["mean"], device=device) * 255
+    std = torch.tensor(model.pretrained_cfg["std"], device=device) * 255
+    correct = torch.zeros(2, dtype=torch.long, device=device)
+    for x, y in zip(images.split(batch_size), labels.split(batch_size)):
+        x, y = augment.normalize(x.to(device), mean, std), y.to(device)
+        with autocast:
+            logits = model(x).float()
+            if flip:
+                logits = logits + model(x.flip(3)).float()
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
+        correct += torch.stack([ranked[:, 0].sum(), ranked.sum()])
+    model.train(was_training)
+    top1, top5 = (100 * correct.double() / len(labels)).tolist()
+    return {"top1": top1, "top5": top5}
+
+
+def count_macs(model: torch.nn.Module) -> int:
+    """Return the multiply-accumulate operations of convolutions and linear layers for one image."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *model.pretrained_cfg["input_size"], device=device))
+    model.train(was_training)
+    return counter.get_total_flops() // 2
+
+
+def export_model(model: Any, out: Path, model_args: dict[str, Any]) -> None:
+    """Write ``model.safetensors`` and ``config.json`` in timm's form; ``local-dir:OUT`` loads them."""
+    model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
+    with TemporaryDirectory() as folder:
+        # timm writes in place; write_atomic puts the files where they belong.
+        save_for_hf(model, folder, model_args=model_args, safe_serialization=True)
+        for name in ("model.safetensors", "config.json"):
+            write_atomic(out / name, (Path(folder) / name).read_bytes())
+
+
+def load_exported(out: Path) -> Any:
+    """Return the network that :func:`export_model` wrote, in evaluation mode.
+
+    Raises:
+        RunError: The files are missing or damaged.
+    """
+    try:
+        return create_model(f"local-dir:{out}", pretrained=True).eval()
+    except Exception as error:  # timm and safetensors have many names for a missing or damaged file
+        reason = str(error).strip().splitlines()
+        raise RunError(f"cannot load the model in {out}: {reason[0][:200] if reason else error!r}") from error

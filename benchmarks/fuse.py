@@ -1,0 +1,102 @@
+"""How much faster inference is with `ran_layers.fuse`: how much by folding, how much by the memory order.
+
+    python benchmarks/fuse.py                       # prints a table, writes benchmarks/results/fuse.json
+    python benchmarks/fuse.py --threads 1 --models ran_att92_cifar --batch-sizes 1
+
+Four forms of each network take turns, so that whatever else the machine does meets all of them alike; a speedup is
+the median over the rounds of the time of the plain network over the form's in the same round.
+"""
+import argparse
+import copy
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from environment import hardware, pick_device, versions
+
+import ran_layers
+
+FORMS = ("plain", "plain, channels last", "folded", "folded, channels last (fuse)")
+
+
+def four_forms(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the network as it is and fused, each in both memory orders."""
+    fused = ran_layers.fuse(model)
+    return dict(zip(FORMS, (
+        model,
+        copy.deepcopy(model).to(memory_format=torch.channels_last),
+        copy.deepcopy(fused).to(memory_format=torch.contiguous_format),
+        fused,
+    )))
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, images: torch.Tensor, rounds: int) -> dict[str, Any]:
+    """Time the four forms in turns; return their medians and speedups, and how far their outputs differ."""
+    forms = four_forms(model)
+    expected = model(images)
+    largest_difference = max(float((form(images) - expected).abs().max()) for form in forms.values())  # warms up too
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, form in forms.items():
+            synchronize(images.device)
+            start = time.perf_counter()
+            form(images)
+            synchronize(images.device)
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        "rounds": rounds,
+        "largest_difference": largest_difference,
+        "milliseconds": {name: round(1000 * statistics.median(times), 2) for name, times in seconds.items()},
+        "speedup": {
+            name: round(statistics.median(a / b for a, b in zip(seconds["plain"], times)), 2)
+            for name, times in seconds.items()
+        },
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["ran_att56_cifar", "ran_att92_cifar_orig"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 64])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fuse.json")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
+
+    results = []
+    print(f"{'network':24}{'batch':>6}  {'form':30}{'ms':>10}{'speedup':>9}")
+    for name in args.models:
+        model = timm.create_model(name).eval().to(device)
+        for batch_size in args.batch_sizes:
+            images = torch.randn(batch_size, *model.pretrained_cfg["input_size"], device=device)
+            result = measure(model, images, args.rounds)
+            results.append({"model": name, "batch_size": batch_size, **result})
+            for form in FORMS:
+                print(f"{name:24}{batch_size:6}  {form:30}{result['milliseconds'][form]:10.2f}"
+                      f"{result['speedup'][form]:8.2f}x")
+    report = {
+        **hardware(device), **versions(), "precision": "fp32", "load_average": os.getloadavg()[0], "results": results}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
