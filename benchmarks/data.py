@@ -60,11 +60,9 @@ def load_dataset(name: str, data_dir: str | None = None) -> Dataset:
     if name == "digits":
         splits, names = _digits()
     else:
-        spec = SPECS[name]
-        files = _local_files(spec, Path(data_dir)) if data_dir else _hub_files(spec)
-        splits, names = {}, []
+        splits = {}
         for split in ("train", "test"):
-            splits[split], names = _read_parquet(files[split], spec)
+            *splits[split], names = read_split(name, split, data_dir)
     images, labels = splits["train"]
     pixels = images.reshape(-1, images.shape[-1]).double() / 255
     return Dataset(
@@ -74,7 +72,20 @@ def load_dataset(name: str, data_dir: str | None = None) -> Dataset:
     )
 
 
-def _digits() -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[str]]:
+def read_split(
+        name: str, split: str, data_dir: str | None = None, rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Return images, labels and class names of the first ``rows`` rows (all if None) of one split of a CIFAR data set.
+
+    Raises:
+        RunError: The files are missing, damaged, or of another form.
+    """
+    spec = SPECS[name]
+    files = _local_files(spec, Path(data_dir)) if data_dir else _hub_files(spec)
+    return _read_parquet(files[split], spec, rows)
+
+
+def _digits() -> tuple[dict[str, list[torch.Tensor]], list[str]]:
     """scikit-learn's 8x8 handwritten digits as 32x32 RGB; every fifth image is for testing."""
     from sklearn.datasets import load_digits
 
@@ -84,7 +95,7 @@ def _digits() -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[str]]:
     images = images.round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
     labels = torch.from_numpy(digits.target).long()
     test = torch.arange(len(labels)) % 5 == 0
-    return {"train": (images[~test], labels[~test]), "test": (images[test], labels[test])}, [str(i) for i in range(10)]
+    return {"train": [images[~test], labels[~test]], "test": [images[test], labels[test]]}, [str(i) for i in range(10)]
 
 
 def _local_files(spec: Spec, data_dir: Path) -> dict[str, list[Path]]:
@@ -117,7 +128,8 @@ def _hub_files(spec: Spec) -> dict[str, list[Path]]:
         ) from error
 
 
-def _read_parquet(files: list[Path], spec: Spec) -> tuple[tuple[torch.Tensor, torch.Tensor], list[str]]:
+def _read_parquet(
+        files: list[Path], spec: Spec, rows: int | None) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -138,17 +150,20 @@ def _read_parquet(files: list[Path], spec: Spec) -> tuple[tuple[torch.Tensor, to
         blobs += column.field("bytes").to_pylist()
         labels += table[spec.label].to_pylist()
         names = _class_names(table.schema.metadata, spec) or names
+    blobs, labels = blobs[:rows], labels[:rows]
 
-    bad = next((label for label in labels if not (isinstance(label, int) and 0 <= label < spec.classes)), None)
-    if bad is not None or not labels:
-        raise RunError(f"{files[0].parent}: labels must be in 0..{spec.classes - 1}, found {bad}")
+    bad = [label for label in labels if not (isinstance(label, int) and 0 <= label < spec.classes)]
+    if bad:
+        raise RunError(f"{files[0].parent}: labels must be in 0..{spec.classes - 1}, found {bad[0]}")
+    if not labels:
+        raise RunError(f"{files[0].parent}: the files have no rows; fetch them again")
     # Pillow decodes outside the interpreter lock, so threads help.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         try:
             images = np.stack(list(pool.map(_decode, blobs, chunksize=1000)))
         except (OSError, ValueError, TypeError) as error:
             raise RunError(f"{files[0].parent}: an image cannot be decoded ({error}); fetch the files again") from error
-    return (torch.from_numpy(images), torch.tensor(labels)), names
+    return torch.from_numpy(images), torch.tensor(labels), names
 
 
 def _decode(blob: bytes) -> np.ndarray:

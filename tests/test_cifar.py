@@ -1,0 +1,332 @@
+"""The training script `benchmarks/cifar.py`, in small."""
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import augment  # noqa: E402
+import cifar  # noqa: E402
+import data  # noqa: E402
+from checkpoint import FILE_NAME, load_checkpoint, save_checkpoint  # noqa: E402
+from errors import RunError  # noqa: E402
+from evaluate import load_exported  # noqa: E402
+from muon import orthogonalize  # noqa: E402
+from recipes import lr_scale, make_recipe, resolution_at  # noqa: E402
+
+SMALL = ["--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "160", "--epochs", "2"]
+
+
+def run(*args: str) -> None:
+    cifar.main([*SMALL, *map(str, args)])
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Run the script, expect exit code 2 and one line of error, and return the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        run(*args)
+    assert exit_info.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture(autouse=True)
+def default_signals():
+    """The script handles Ctrl-C itself; put the previous handlers back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_run_leaves_a_loadable_model_and_its_result(tmp_path, capsys):
+    run("--out", tmp_path / "run", "--recipe", "best", "--holdout", "32")
+    text = capsys.readouterr().out
+    assert "0.59 M parameters" in text
+    assert "epoch 2/2" in text
+    assert "held-out top-1" in text
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert [row["epoch"] for row in result["epochs"]] == [1, 2]
+    assert result["final"]["error"] == pytest.approx(100 - result["final"]["top1"])
+    assert "held out" in result["selection"]
+    assert result["settings"]["optimizer"] == "muon"
+    assert result["hardware"]["device"] == "cpu"
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert model.num_classes == 10
+    assert model.pretrained_cfg["label_names"] == [str(i) for i in range(10)]
+
+    cifar.main(["--eval-only", "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert f"test top-1 {result['final']['top1']:.2f} %" in capsys.readouterr().out
+
+
+def test_model_kwargs_travel_with_the_weights(tmp_path):
+    run("--model", "ran_att56_cifar", "--model-kwargs", 'attention_args={"learning": "naive"}', "--epochs", "1",
+        "--limit", "64", "--out", tmp_path / "run")
+    assert load_exported(tmp_path / "run").stages[0].blocks[1].residual is False
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
+@pytest.mark.parametrize("step", [3, 5])
+def test_interrupted_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capsys, optimizer, step):
+    # Five steps an epoch: 3 stops inside an epoch, 5 at its last step.
+    args = ["--optimizer", optimizer, "--lr", "0.01", "--ema-decay", "0.9", "--cutmix", "1", "--mixup", "0.5",
+            "--cutout", "8", "--rotate", "10", "--shift", "0.1", "--flip", "random", "--drop-path", "0.1",
+            "--model", "plain_cnn8_cifar"]
+    run(*args, "--out", tmp_path / "whole")
+
+    calls = 0
+    resize = augment.resize
+
+    def interrupt(images, side):
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            signal.raise_signal(signal.SIGTERM)
+        return resize(images, side)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(augment, "resize", interrupt)
+        with pytest.raises(SystemExit) as exit_info:
+            run(*args, "--out", tmp_path / "cut")
+    assert exit_info.value.code == 128 + signal.SIGTERM
+    assert f"stopped at step {step} of 10, saved; go on with: python benchmarks/cifar.py" in capsys.readouterr().out
+    run(*args, "--out", tmp_path / "cut", "--resume")
+
+    whole, cut = (load_checkpoint(tmp_path / name) for name in ("whole", "cut"))
+    assert whole[0].keys() == cut[0].keys()
+    for name, tensor in whole[0].items():
+        assert torch.equal(tensor, cut[0][name]), name
+    for a, b in zip(whole[1]["epochs"], cut[1]["epochs"], strict=True):
+        assert a["train_loss"] == b["train_loss"]
+
+
+def test_same_seed_same_weights_other_seed_others(tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run("--seed", seed, "--epochs", "1", "--out", tmp_path / name)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    out = tmp_path / "run"
+    run("--epochs", "1", "--out", out)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert "already has a run" in fails(capsys, "--out", out)
+    assert "--resume: the checkpoint" in fails(capsys, "--out", out, "--resume", "--epochs", "3")
+    assert "seed = 0, this command 5" in fails(capsys, "--out", out, "--resume", "--epochs", "1", "--seed", "5")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_damaged_checkpoint(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert "no checkpoint to resume" in fails(capsys, "--out", out, "--resume")
+    run("--epochs", "1", "--out", out)
+    content = (out / FILE_NAME).read_bytes()
+    for damaged in (content[:-100], b"\xff" * 100, b"", b"\x80\x04\x95pickle"):
+        (out / FILE_NAME).write_bytes(damaged)
+        assert "is damaged" in fails(capsys, "--out", out, "--resume", "--epochs", "1")
+
+
+def test_failed_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, {"a": torch.ones(2)}, {"step": 1})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match="No space left on device; the previous file is untouched"):
+        save_checkpoint(tmp_path, {"a": torch.zeros(2)}, {"step": 2})
+    tensors, state = load_checkpoint(tmp_path)
+    assert state == {"step": 1}
+    assert tensors["a"].tolist() == [1, 1]
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+    calls = 0
+    resize = augment.resize
+
+    def poison(images, side):
+        nonlocal calls
+        calls += 1
+        return resize(images, side) * (float("nan") if calls == 7 else 1.0)
+
+    monkeypatch.setattr(augment, "resize", poison)
+    assert "not a number in epoch 2; the last good checkpoint is kept" in fails(capsys, "--out", tmp_path / "run")
+    tensors, state = load_checkpoint(tmp_path / "run")
+    assert state["step"] == 5
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["--model", "resnet0"], "--model resnet0 is no timm model"),
+    (["--model-kwargs", "depth"], "--model-kwargs must be KEY=VALUE with VALUE as JSON, got depth"),
+    (["--model-kwargs", "depth=3"], "--model plain_cnn8_cifar with {'depth': 3}"),
+    (["--device", "abacus"], "--device abacus is not to be had here"),
+    (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+    (["--batch-size", "999"], "--batch-size 999 is above the 160 training images"),
+    (["--lr", "-1"], "--lr must not be negative, got -1.0"),
+    (["--holdout", "160"], "--holdout must be below the 160 training images"),
+    (["--resolutions", "0.5"], "--resolutions must be pairs"),
+    (["--eval-only"], "--eval-only: no finished run in"),
+])
+def test_unusable_arguments(tmp_path, capsys, args, message):
+    assert message in fails(capsys, *args, "--out", tmp_path / "run")
+
+
+def test_out_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "file" in fails(capsys, "--out", tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_report_recipe_drops_the_learning_rate_at_epochs_80_and_120():
+    recipe = make_recipe("report", "cifar10", {})
+    assert recipe.epochs == 160
+    rates = [recipe.lr * lr_scale(recipe, epoch / recipe.epochs) for epoch in (0, 79, 80, 119, 120, 159)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_onecycle_and_resolutions():
+    recipe = make_recipe("best", "cifar10", {})
+    scales = [lr_scale(recipe, step / 100) for step in range(100)]
+    assert max(scales) == pytest.approx(1) == scales[20]
+    assert scales[0] == 0
+    assert 0 < scales[99] < 0.02
+    assert [resolution_at(recipe, progress, 32) for progress in (0, 0.39, 0.4, 1)] == [24, 24, 32, 32]
+
+
+def test_muon_update_is_orthogonal():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 64, 1, 1), (64, 16, 1, 1), (16, 16, 3, 3), (16, 16, 3, 3)]
+    updates = [torch.randn(shape, generator=generator) for shape in shapes]
+    for update, result in zip(updates, orthogonalize(updates), strict=True):
+        rows, columns = len(update), update[0].numel()
+        u, _, v = torch.linalg.svd(update.flatten(1), full_matrices=False)
+        singular = torch.linalg.svdvals(result.flatten(1)) / max(1, rows / columns) ** 0.5
+        assert result.shape == update.shape
+        assert singular.min() > 0.6
+        assert singular.max() < 1.3
+        # The singular vectors are those of the update.
+        assert torch.linalg.matrix_norm(u.T @ result.flatten(1) @ v.T - torch.diag(
+            (u.T @ result.flatten(1) @ v.T).diagonal())) < 0.05 * result.norm()
+
+
+def test_augmentations_do_what_they_say():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (64, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    flip = torch.arange(64) % 2 == 0
+    same = augment.crop_flip(images, flip, 0, "reflect", generator)
+    assert torch.equal(same, torch.where(flip[:, None, None, None], images.flip(2), images))
+
+    # Every crop is a window of the padded image.
+    for mode, torch_mode in (("reflect", "reflect"), ("zeros", "constant")):
+        crops = augment.crop_flip(images, torch.zeros(64, dtype=torch.bool), 4, mode, generator)
+        padded = torch.nn.functional.pad(images.permute(0, 3, 1, 2).float(), (4,) * 4, mode=torch_mode)
+        for crop, image in zip(crops.permute(0, 3, 1, 2).float(), padded, strict=True):
+            windows = image.unfold(1, 32, 1).unfold(2, 32, 1)  # channels, 9, 9, 32, 32
+            assert (windows == crop[:, None, None]).all(dim=(0, 3, 4)).any()
+
+    x = augment.normalize(images, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0]))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(x[:, 2], (images[..., 2].float() - 3) / 2)
+    assert torch.allclose(augment.rotate_shift(x, 0, 0, generator), x, atol=1e-4)
+    assert augment.resize(x, 24).shape == (64, 3, 24, 24)
+    erased = (augment.cutout(torch.ones(64, 3, 32, 32), 8, generator) == 0).sum(dim=(1, 2, 3))
+    assert erased.max() == 3 * 64
+    assert erased.min() >= 3 * 16
+
+    targets = torch.eye(10)[torch.arange(64) % 10]
+    for mixup, cutmix in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        # Images that are constant and equal to the class: the mixed target must be the mixed image's mean.
+        flat = (torch.arange(64) % 10).float()[:, None, None, None].expand(64, 3, 32, 32)
+        mixed, mixed_targets = augment.mix(flat, targets, mixup, cutmix, generator)
+        assert torch.allclose(mixed_targets.sum(1), torch.ones(64))
+        assert torch.allclose(mixed.mean((1, 2, 3)), mixed_targets @ torch.arange(10.0), atol=1e-4)
+
+
+def test_digits():
+    digits = data.load_dataset("digits")
+    assert digits.train_images.shape == (1437, 32, 32, 3)
+    assert digits.test_images.shape == (360, 32, 32, 3)
+    assert digits.train_images.dtype == torch.uint8
+    assert digits.train_images.max() == 255
+
+
+def write_parquet(folder: Path, rows: int = 4, labels: list[int] | None = None, image: bytes | None = None,
+                  column: str = "img") -> None:
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    if image is None:
+        buffer = io.BytesIO()
+        Image.new("RGB", (32, 32), (10, 20, 30)).save(buffer, "PNG")
+        image = buffer.getvalue()
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.table({
+        column: [{"bytes": image, "path": None}] * rows, "label": [0] * rows if labels is None else labels})
+    for split in ("train", "test"):
+        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+
+
+def test_parquet_in_any_depth_of_the_layout(tmp_path):
+    write_parquet(tmp_path / "uoft-cs" / "cifar10" / "plain_text", labels=[0, 1, 2, 9])
+    for folder in (tmp_path, tmp_path / "uoft-cs", tmp_path / "uoft-cs" / "cifar10" / "plain_text"):
+        cifar10 = data.load_dataset("cifar10", str(folder))
+        assert cifar10.train_labels.tolist() == [0, 1, 2, 9]
+        assert cifar10.train_images[0, 0, 0].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize(("kwargs", "message"), [
+    (dict(labels=[0, 1, 2, 10]), "labels must be in 0..9, found 10"),
+    (dict(labels=[0, 1, 2, None]), "labels must be in 0..9, found None"),
+    (dict(rows=0), "must be a struct with the field 'bytes', it is null"),
+    (dict(column="image"), "must have the columns 'img' and 'label', it has ['image', 'label']"),
+    (dict(image=b"no image"), "an image cannot be decoded"),
+])
+def test_unusable_parquet(tmp_path, capsys, kwargs, message):
+    write_parquet(tmp_path / "data", **kwargs)
+    line = fails(capsys, "--dataset", "cifar10", "--data-dir", tmp_path / "data", "--out", tmp_path / "run")
+    assert message in line
+
+
+def test_damaged_or_missing_parquet(tmp_path, capsys):
+    write_parquet(tmp_path / "data")
+    file = tmp_path / "data" / "train-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:-50])
+    args = ["--dataset", "cifar10", "--out", tmp_path / "run"]
+    assert "cannot be read as Parquet" in fails(capsys, *args, "--data-dir", tmp_path / "data")
+    assert "no Parquet files of uoft-cs/cifar10" in fails(capsys, *args, "--data-dir", tmp_path / "empty")
+
+
+def test_without_network_the_message_names_the_ways_out(tmp_path, capsys, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    line = fails(capsys, "--dataset", "cifar10", "--out", tmp_path / "run")
+    assert "cannot get uoft-cs/cifar10 from the Hub" in line
+    assert "--data-dir" in line
+    assert "--dataset digits" in line
+
+
+def test_real_cifar_files(data_dir):
+    images, labels, names = data.read_split("cifar10", "test", str(data_dir), rows=100)
+    assert images.shape == (100, 32, 32, 3)
+    assert names[3] == "cat"
+    assert 0 <= labels.min()
+    assert labels.max() <= 9
