@@ -1,6 +1,7 @@
 """Fetch weights from the Hugging Face Hub: safetensors only, checksums checked, every failure in one line."""
 import errno
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,10 @@ def file_hash(content: Path | bytes, git: bool = False) -> str:
 def explain(
         error: BaseException, repo_id: str, revision: str | None = None, token: str | bool | None = None) -> str:
     """Say in one line what went wrong at the Hub, whichever HTTP library and version of huggingface_hub said it."""
+    if isinstance(error, HubError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -122,17 +127,22 @@ def explain(
 
 
 def redact(text: str, token: str | bool | None = None) -> str:
-    """Return the text as one line, without tokens."""
+    """Return the text as one printable line, without tokens."""
     for secret in (token, get_token()):
         if isinstance(secret, str) and secret:
             text = text.replace(secret, "hf_***")
-    return " ".join(re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", text).split())
+    return plain(re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", text))
+
+
+def plain(value: Any) -> str:
+    """Return a value as one line of printable characters."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(value)).split())
 
 
 def _explain_one(error: BaseException, repo_id: str, revision: str | None) -> str | None:
     endpoint = constants.ENDPOINT
     if isinstance(error, OfflineModeIsEnabled):
-        return f"{repo_id} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
+        return f"{repo_id}: the Hub may not be asked, since HF_HUB_OFFLINE is set"
     if isinstance(error, GatedRepoError):
         return f"{repo_id} is gated: ask for access on its page, then `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
@@ -140,7 +150,9 @@ def _explain_one(error: BaseException, repo_id: str, revision: str | None) -> st
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no revision {revision or 'main'!r}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"no space left on the disk{f' for {error.filename}' if error.filename else ''}: {error.strerror}"
+        return f"no space on the disk{f' for {error.filename}' if error.filename else ''}: {error.strerror}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{endpoint} had a server error: its answer is no JSON; try again later"
     if isinstance(error, HFValidationError):
         return f"{repo_id!r} is no repository name of the form user/name"
     if isinstance(error, HfHubHTTPError) and error.response is not None:

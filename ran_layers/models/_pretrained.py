@@ -1,4 +1,4 @@
-"""Weights from a repository of the Hub or from a folder: only safetensors, and with the checksum that the Hub states."""
+"""Weights from a repository of the Hub or from a folder: only safetensors, with the checksum that the Hub states."""
 from pathlib import Path
 from typing import Any
 

@@ -1,0 +1,211 @@
+"""The model card: metadata that the Hub understands, then what a reader wants to know before using the weights."""
+import re
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .._download import plain
+from ..published import PUBLISHED, published_network
+from .run import Run, optional
+
+PAPER = "https://arxiv.org/abs/1704.06904"
+# Name, and the id of the data set on the Hub where it is there.
+DATASETS = {
+    "cifar10": ("CIFAR-10", "uoft-cs/cifar10"),
+    "cifar100": ("CIFAR-100", "uoft-cs/cifar100"),
+    "digits": ("scikit-learn digits", None),
+    "imagenet-1k": ("ImageNet", "ILSVRC/imagenet-1k"),
+}
+
+
+def model_card(run: Run, repo_id: str) -> str:
+    """Return the text of ``README.md`` for a training run; the same run gives the same text.
+
+    What comes from the run is escaped: whatever characters it holds, the metadata stay valid YAML and the body shows
+    them as text.
+    """
+    parts = [
+        f"# {text(repo_id.rpartition('/')[2])}",
+        _introduction(run),
+        "## Results",
+        _results(run),
+        *(f"![{alt}]({name})" for name, alt in (("curves.png", "Training curves"), ("masks.png", "Attention masks"))
+          if name in run.pictures),
+        "## How to load",
+        _loading(run, repo_id),
+        "## Recipe",
+        _recipe(run),
+        "## Limits of use",
+        _limits(run),
+        "## Citation",
+        code(_CITATION, "bibtex"),
+    ]
+    return str(ModelCard(f"---\n{card_data(run, repo_id).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
+
+
+def card_data(run: Run, repo_id: str) -> ModelCardData:
+    """Return the metadata of the model card."""
+    name, hub_id = DATASETS.get(run.dataset, (plain(run.dataset), None))
+    common: dict[str, Any] = dict(
+        task_type="image-classification", task_name="Image Classification",
+        dataset_type=hub_id or name, dataset_name=name, dataset_split="test")
+    results = [
+        EvalResult(metric_type="accuracy", metric_name="Top-1 accuracy (%)", metric_value=_percent(run.top1), **common),
+        EvalResult(metric_type="error", metric_name="Top-1 error (%)", metric_value=_percent(run.error), **common),
+    ]
+    top5 = optional(run.result, "final.top5", (int, float))
+    if top5 is not None:
+        results.append(EvalResult(
+            metric_type="accuracy", metric_name="Top-5 accuracy (%)", metric_value=_percent(top5), **common))
+    tags = ["image-classification", "timm", "pytorch"]
+    if published_network(run.model):
+        tags += ["ran-layers", "residual-attention-network", "arxiv:1704.06904"]
+    return ModelCardData(
+        library_name="timm",
+        license=plain(optional(run.config, "pretrained_cfg.license", str) or "apache-2.0"),
+        pipeline_tag="image-classification",
+        tags=tags,
+        datasets=[hub_id] if hub_id else None,
+        metrics=["accuracy"],
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=results,
+    )
+
+
+def text(value: Any) -> str:
+    """Return a value as one line of Markdown that renders as exactly that text, in a table cell too."""
+    # A backslash before ASCII punctuation is that character; `&` and `<` are written as entities, since a renderer may
+    # look for HTML before anything else.
+    line = re.sub(r"([\\`*_{}\[\]()#+\-.!|~$^=:@\"'/>])", r"\\\1", plain(value))
+    return line.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def code(value: str, language: str = "") -> str:
+    """Return a code block that no run of backticks in ``value`` can end."""
+    longest = max((len(run) for run in re.findall(r"`+", value)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{value}\n{fence}"
+
+
+def _introduction(run: Run) -> str:
+    name = text(DATASETS.get(run.dataset, (run.dataset,))[0])
+    if published_network(run.model):
+        what = f"A Residual Attention Network ([Wang et al., CVPR 2017]({PAPER})), `timm` model"
+        if run.model.startswith("plain_cnn"):
+            what = "A plain convolutional network, the baseline of Residual Attention Networks, `timm` model"
+    else:
+        what = "A `timm` model"
+    sentence = f"{what} {text(run.model)}, trained on {name}."
+    sizes = [
+        f"{number / scale:.3g} {unit}" for number, scale, unit in (
+            (optional(run.result, "params", (int, float)), 1e6, "M parameters"),
+            (optional(run.result, "macs", (int, float)), 1e6, "M multiply-adds for an image"),
+        ) if number is not None]
+    return f"{sentence} {', '.join(sizes)}." if sizes else sentence
+
+
+def _results(run: Run) -> str:
+    """The run's error beside the published ones of the network of the same name."""
+    name = text(DATASETS.get(run.dataset, (run.dataset,))[0])
+    rows = [("**this model**", text(run.model), "single view", f"**{run.error:.2f}**")]
+    flip = optional(run.result, "final.top1_flip", (int, float))
+    if flip is not None:
+        rows.append(("this model", text(run.model), "averaged with the mirrored image", f"{100 - flip:.2f}"))
+    network = published_network(run.model)
+    published = [row for row in PUBLISHED if (row.network, row.dataset) == (network, run.dataset)]
+    rows += [(row.source, row.network, row.variant, f"{row.error:.2f}") for row in published]
+    table = [f"Top-1 error on the test set of {name}, in percent.", ""]
+    table += ["| source | network | | error |", "| --- | --- | --- | ---: |"]
+    table += [f"| {' | '.join(row)} |" for row in rows]
+    if published:
+        table += ["", "The report is a student's re-implementation for CIFAR, the paper is "
+                  f"[Wang et al. 2017]({PAPER}). Networks of one name differ in width between them."]
+    else:
+        table += ["", "Neither the report nor the paper states a figure for this network and data set."]
+    top5 = optional(run.result, "final.top5", (int, float))
+    if top5 is not None:
+        table += ["", f"Top-5 accuracy, single view: {top5:.2f} %."]
+    selection = optional(run.result, "selection", str)
+    if selection:
+        table += ["", f"Selection: {text(selection)}"]
+    return "\n".join(table)
+
+
+def _loading(run: Run, repo_id: str) -> str:
+    ours = published_network(run.model) is not None
+    lines = [
+        "import timm", *(["import ran_layers  # registers the network with timm"] if ours else []), "",
+        f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()',
+        "config = timm.data.resolve_model_data_config(model)",
+        "transform = timm.data.create_transform(**config, is_training=False)",
+    ]
+    install = "pip install ran-layers" if ours else "pip install timm"
+    return "\n\n".join((
+        code(install, "sh"), code("\n".join(lines), "python"),
+        "`num_classes=` and `in_chans=` adapt it to other data. The weights are safetensors."))
+
+
+def _recipe(run: Run) -> str:
+    lines = []
+    recipe, seed = optional(run.result, "recipe", str), optional(run.result, "seed", int)
+    epochs = optional(run.result, "epochs", list)
+    facts = [
+        ("recipe", recipe),
+        ("seed", seed),
+        ("epochs", len(epochs) if epochs else None),
+        ("training time", _duration(optional(run.result, "seconds", (int, float)))),
+        ("images/s", _rounded(optional(run.result, "images_per_s", (int, float)))),
+        ("hardware", _pairs(optional(run.result, "hardware", dict))),
+        ("versions", _pairs(optional(run.result, "versions", dict))),
+    ]
+    settings = optional(run.result, "settings", dict) or {}
+    rows = [(key, value) for key, value in facts if value is not None and value != ""]
+    rows += [(key, value) for key, value in settings.items() if value is not None]
+    if rows:
+        lines += ["| setting | value |", "| --- | --- |", *(f"| {text(key)} | {text(value)} |" for key, value in rows)]
+    command = optional(run.result, "command", str)
+    if command:
+        lines += ["", "The command:", "", code(plain(command), "sh")]
+    lines += ["", "All settings and each epoch's figures are in [result.json](result.json)."]
+    return "\n".join(lines).strip()
+
+
+def _limits(run: Run) -> str:
+    name = text(DATASETS.get(run.dataset, (run.dataset,))[0])
+    size = optional(run.config, "pretrained_cfg.input_size", (list, tuple))
+    pixels = f"{size[1]}x{size[2]} pixels" if size and len(size) == 3 else "the training size"
+    return "\n".join((
+        f"- It knows the classes of {name} alone and gives one of them for any picture, with a probability that is not "
+        "calibrated.",
+        f"- It was trained on images of {pixels}, prepared as `transform` above does; other sizes, sources and "
+        "corruptions lower the accuracy, and how far was not measured here.",
+        f"- The error is that of one training run, on the test set of {name}; another seed gives another figure.",
+        "- It is for research and teaching. Do not let it decide about people or about anybody's safety.",
+    ))
+
+
+def _percent(value: float) -> float:
+    return round(float(value), 2)
+
+
+def _rounded(value: float | None) -> str | None:
+    return None if value is None else f"{value:.0f}"
+
+
+def _duration(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def _pairs(record: dict[str, Any] | None) -> str:
+    return ", ".join(f"{key} {value}" for key, value in (record or {}).items() if value is not None)
+
+
+_CITATION = """@inproceedings{wang2017residual,
+  title     = {Residual Attention Network for Image Classification},
+  author    = {Wang, Fei and Jiang, Mengqing and Qian, Chen and Yang, Shuo and Li, Cheng and Zhang, Honggang and
+               Wang, Xiaogang and Tang, Xiaoou},
+  booktitle = {CVPR},
+  year      = {2017},
+}"""

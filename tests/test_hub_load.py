@@ -1,0 +1,191 @@
+"""Loading from the Hub, networks and single layers: real huggingface_hub and timm clients against the stand-in."""
+import functools
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import yaml
+from hub_fixtures import IMAGES, REPO, edit, full_disk
+from huggingface_hub import constants
+
+from ran_layers import AttentionModule, ResNeXtUnit, SoftMaskBranch
+from ran_layers._download import HubError
+from ran_layers.hub import pull, push_to_hub
+
+# --- failures of a download ------------------------------------------------------------------------------------------
+
+
+def load_with_timm(tmp_path):
+    return timm.create_model(f"hf-hub:{REPO}", pretrained=True).eval()
+
+
+def load_with_pull(tmp_path):
+    return timm.create_model(f"local-dir:{pull(REPO, tmp_path / 'pulled')}", pretrained=True).eval()
+
+
+@pytest.mark.parametrize("load", [load_with_timm, load_with_pull])
+@pytest.mark.parametrize(("step", "how", "said"), [
+    ("resolve", {"status": 500, "message": "internal"}, "server error"),
+    ("resolve", {"cut": True}, "could not be reached|connection"),
+    ("download", {"status": 503}, "server error"),
+    ("download", {"cut": True}, "connection"),
+    ("download", {"damage": True}, "checksum"),
+], ids=["resolve 500", "resolve cut", "download 503", "download cut", "damaged"])
+def test_failed_download_leaves_nothing(hub, run_dir, expected, tmp_path, load, step, how, said):
+    push_to_hub(run_dir, REPO)
+    if load is load_with_timm:
+        timm.create_model(f"hf-hub:{REPO}", pretrained=False)  # timm fetches config.json itself: not what fails here
+        how = {**how, "only": "model.safetensors"} if step == "resolve" else how
+    hub.fail(step, **how)
+    with pytest.raises(HubError, match=said) as caught:
+        load(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+    assert "hf_" not in str(caught.value)
+    assert not (tmp_path / "pulled").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".pulled")]
+    hub.mend()
+    assert torch.equal(load(tmp_path)(IMAGES), expected)
+
+
+def test_download_goes_on_where_it_was_cut(hub, run_dir, expected, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what the client keeps of a cut download: whole chunks
+    push_to_hub(run_dir, REPO)
+    timm.create_model(f"hf-hub:{REPO}", pretrained=False)
+    hub.fail("download", cut=True, after=20_000, times=1)
+    assert torch.equal(load_with_timm(None)(IMAGES), expected)
+    assert hub.seen_ranges == ["bytes=20000-"]
+
+
+def test_pull_that_may_not_be(hub, run_dir, cli, tmp_path, monkeypatch):
+    target = tmp_path / "pulled"
+    monkeypatch.delenv("HF_TOKEN")
+    assert cli("pull", "alice/nonesuch", target)[2] == [
+        f"error: there is no repository alice/nonesuch at {hub.url}, or it is private and the token may not see it"]
+    hub.add(REPO, {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
+    assert cli("pull", REPO, target, "--revision", "v9")[2] == ["error: alice/net has no revision 'v9'"]
+    status, _, err = cli("pull", REPO, target)
+    assert status == 1
+    assert err[0].startswith("error: alice/net has no model.safetensors, only pytorch_model.bin: a pickle can run any")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert "is not an empty folder" in cli("pull", REPO, tmp_path / "full")[2][0]
+    assert not target.exists()
+
+
+def test_pull_on_a_full_disk(hub, run_dir, cli, tmp_path):
+    push_to_hub(run_dir, REPO)
+    with full_disk():
+        status, _, err = cli("pull", REPO, tmp_path / "pulled")
+    assert status == 1
+    assert len(err) == 1
+    assert "no space on the disk" in err[0]
+    assert not (tmp_path / "pulled").exists()
+    assert cli("pull", REPO, tmp_path / "pulled")[0] == 0
+
+
+def test_timm_on_a_full_disk(hub, run_dir, expected):
+    push_to_hub(run_dir, REPO)
+    with full_disk(free=5000), pytest.raises(HubError, match="no space on the disk"):
+        load_with_timm(None)
+    assert torch.equal(load_with_timm(None)(IMAGES), expected)
+
+
+def test_pickles_are_refused_by_the_networks(hub, run_dir, tmp_path):
+    config = (run_dir / "config.json").read_bytes()
+    hub.add(REPO, {"config.json": config, "pytorch_model.bin": b"pickle"})
+    with pytest.raises(HubError, match=r"only pytorch_model\.bin: a pickle can run any code"):
+        load_with_timm(tmp_path)
+    assert not any("pytorch_model.bin" in path for _, path in hub.requests)
+    (run_dir / "model.safetensors").rename(run_dir / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"only pytorch_model\.bin: a pickle can run any code"):
+        timm.create_model(f"local-dir:{run_dir}", pretrained=True)
+
+
+def test_file_damaged_in_the_cache(hub, run_dir, expected, tmp_path):
+    push_to_hub(run_dir, REPO)
+    load_with_timm(tmp_path)
+    blob = next((tmp_path / "cache").rglob("model.safetensors")).resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    with pytest.raises(HubError, match=r"checksum of alice/net/model\.safetensors"):
+        load_with_timm(tmp_path)
+    assert torch.equal(load_with_timm(tmp_path)(IMAGES), expected)
+
+
+# --- single layers ---------------------------------------------------------------------------------------------------
+
+
+class OwnAct(nn.ReLU):
+    """An activation that only this file knows."""
+
+
+LAYERS = [
+    (AttentionModule, dict(mask_depth=2, p=0, t=1, learning="naive", mask_act="channel")),
+    (AttentionModule, dict(act_layer=nn.SiLU, norm_layer="groupnorm1", skips=0, device="cpu")),
+    (AttentionModule, dict(unit_layer=functools.partial(ResNeXtUnit, groups=4), mask="local")),
+    (SoftMaskBranch, dict(mask_depth=2, unit_layer=ResNeXtUnit, groups=2, dtype=torch.float64)),
+    (SoftMaskBranch, dict(norm_layer=nn.BatchNorm2d, act_layer="hard_swish", r=2)),
+]
+
+
+@pytest.mark.parametrize(("layer", "args"), LAYERS, ids=range(len(LAYERS)))
+def test_layer_round_trip(layer, args, tmp_path):
+    saved = layer(16, **args).eval()
+    saved.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["channels"] == 16
+    assert "device" not in config
+    assert yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])["library_name"] == "ran-layers"
+    loaded = layer.from_pretrained(tmp_path)
+    assert repr(loaded) == repr(saved)
+    x = torch.linspace(-1, 1, 16 * 7 * 6, dtype=next(saved.parameters()).dtype).reshape(1, 16, 7, 6)
+    assert torch.equal(loaded(x), saved(x))
+
+
+def test_layer_over_the_hub(hub, tmp_path, monkeypatch):
+    saved = AttentionModule(8, mask_depth=2, act_layer=nn.GELU).eval()
+    saved.push_to_hub(REPO)
+    assert {"model.safetensors", "config.json"} <= set(hub.repos[REPO].files)
+    x = torch.ones(1, 8, 5, 5)
+    assert torch.equal(AttentionModule.from_pretrained(REPO)(x), saved(x))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(AttentionModule.from_pretrained(REPO)(x), saved(x))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    del hub.repos[REPO].files["model.safetensors"]
+    hub.repos[REPO].files["pytorch_model.bin"] = b"pickle"
+    hub.repos[REPO].commit("main", dict(hub.repos[REPO].files), "only a pickle")
+    with pytest.raises(HubError, match=r"only pytorch_model\.bin: a pickle can run any code"):
+        AttentionModule.from_pretrained(REPO)
+    with pytest.raises(HubError, match="there is no repository alice/nonesuch"):
+        AttentionModule.from_pretrained("alice/nonesuch")
+
+
+def test_layer_arguments_that_are_not_looked_up(tmp_path):
+    AttentionModule(8, act_layer=OwnAct, trunk=nn.Identity()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"act_layer was '.*OwnAct'.*pass act_layer= to from_pretrained"):
+        AttentionModule.from_pretrained(tmp_path, trunk=nn.Identity())
+    with pytest.raises(ValueError, match="pass trunk= to from_pretrained"):
+        AttentionModule.from_pretrained(tmp_path, act_layer=OwnAct)
+    AttentionModule.from_pretrained(tmp_path, act_layer=OwnAct, trunk=nn.Identity())
+    # A config may not name code to run: not by another module, not by what is no layer.
+    for name in ("os.system", "torch.nn.Parameter", "torch.nn.functional.relu", "torch.nn.modules.ReLU"):
+        edit(tmp_path / "config.json", lambda config, name=name: config.update(act_layer={"class": name}))
+        with pytest.raises(ValueError, match="is not looked up"):
+            AttentionModule.from_pretrained(tmp_path, trunk=nn.Identity())
+
+
+def test_layer_folders_that_are_refused(tmp_path):
+    AttentionModule(8).save_pretrained(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "other.json")
+    with pytest.raises(HubError, match=r"no config.json with the arguments of AttentionModule"):
+        AttentionModule.from_pretrained(tmp_path)
+    (tmp_path / "other.json").rename(tmp_path / "config.json")
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(HubError, match="no whole safetensors file"):
+        AttentionModule.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="a pickle can run any code"):
+        AttentionModule.from_pretrained(tmp_path)
