@@ -8,7 +8,21 @@ CIFAR_STATS: dict[str, tuple[tuple[float, float, float], tuple[float, float, flo
     "cifar10": ((125.307, 122.950, 113.865), (62.993, 62.089, 66.705)),
     "cifar100": ((129.304, 124.070, 112.434), (68.170, 65.392, 70.418)),
 }
-CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
+# In the order of the labels.
+CIFAR_CLASSES: dict[str, tuple[str, ...]] = {
+    "cifar10": (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+    ),
+    "cifar100": tuple("""
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+        castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+        elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+        lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+        pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
+        shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+        television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split()),
+}
 
 
 def cifar_cfgs(name: str, cfg: Callable[..., dict[str, Any]], **kwargs: Any) -> dict[str, Any]:
@@ -17,7 +31,8 @@ def cifar_cfgs(name: str, cfg: Callable[..., dict[str, Any]], **kwargs: Any) -> 
     for dataset, (mean, std) in CIFAR_STATS.items():
         weights = files("ran_layers") / "weights" / f"{name}.{dataset}.safetensors"
         cfgs[f"{name}.{dataset}"] = cfg(
-            num_classes=CIFAR_CLASSES[dataset],
+            num_classes=len(CIFAR_CLASSES[dataset]),
+            label_names=CIFAR_CLASSES[dataset],
             input_size=(3, 32, 32),
             min_input_size=(3, 16, 16),
             crop_pct=1.0,
