@@ -1,0 +1,119 @@
+"""A local page to drop an image on, choose a model, and see what it predicts and where its masks look.
+
+    python -m ran_layers.demo
+
+Needs Gradio: ``pip install "ran-layers[demo]"``.
+"""
+import argparse
+import socket
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch.nn as nn
+from PIL import Image
+
+from .images import open_image
+from .maps import at_least, fail, load_model
+from .mask_figure import draw_masks, predict, top_classes
+
+TITLE = "What a Residual Attention Network attends to"
+ABOUT = (
+    "Drop an image. Below it: the prediction, and over the image the mask of each Attention Module: the mean of its "
+    "channels, then the channels that vary most. Nothing leaves this machine.")
+
+
+def look(path: str | None, name: str, channels: int) -> tuple[dict[str, float] | None, Image.Image | None]:
+    """Return the five most probable classes and the picture of the masks; nothing for no image.
+
+    Raises:
+        OSError: The file is not an image that can be read.
+        ValueError: The model cannot be used.
+    """
+    if path is None:
+        return None, None
+    model, image = trained_model(name), open_image(path)
+    _, logits = predict(model, [image])
+    return dict(top_classes(model, logits, 5)[0]), draw_masks(model, [image], channels=channels, title=name)
+
+
+@lru_cache(maxsize=4)
+def trained_model(name: str) -> nn.Module:
+    """Load a model once; the page does not show masks of random weights.
+
+    Raises:
+        ValueError: The model cannot be loaded or has no trained weights.
+    """
+    model, trained = load_model(name)
+    if not trained:
+        raise ValueError(f"{name} has no trained weights")
+    return model
+
+
+def build_page(names: Sequence[str]) -> Any:
+    """Return the page, a ``gradio.Blocks``, that offers the models ``names``."""
+    import gradio as gr
+
+    def answer(path: str | None, name: str, channels: float) -> tuple[Any, Any]:
+        try:
+            return look(path, name, int(channels))
+        except (OSError, ValueError) as error:
+            # The upload's place on this machine is nobody's business.
+            raise gr.Error(str(error).replace(str(path), Path(str(path)).name), print_exception=False) from error
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        gr.Markdown(f"# {TITLE}\n{ABOUT}")
+        with gr.Row():
+            image = gr.Image(
+                label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=320,
+                elem_id="image")
+            with gr.Column():
+                model = gr.Dropdown(list(names), value=names[0], label="Model", elem_id="model")
+                channels = gr.Slider(0, 8, value=2, step=1, label="Channels beside the mean", elem_id="channels")
+                classes = gr.Label(label="Prediction", num_top_classes=5, elem_id="prediction")
+        masks = gr.Image(label="Masks", type="pil", format="png", interactive=False, elem_id="masks")
+        # One event, not three: Gradio runs an event once at a time, and two forwards at once would mix their masks.
+        gr.on(
+            [image.change, model.change, channels.change], answer, [image, model, channels], [classes, masks],
+            trigger_mode="always_last", api_visibility="private")
+    return page
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve the page until interrupted; return 2 if it cannot be served."""
+    parser = argparse.ArgumentParser(prog="python -m ran_layers.demo", description="Serve a page that shows masks.")
+    parser.add_argument(
+        "--model", nargs="+", metavar="NAME_OR_DIR", default=timm.list_pretrained("ran_*"),
+        help="models to offer: timm names, hf-hub:USER/NAME or run folders (all trained ones of this package)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
+    parser.add_argument("--port", type=at_least(1), help="port to listen at (the first free one from 7860)")
+    args = parser.parse_args(argv)
+    if find_spec("gradio") is None:
+        return fail('the demo needs Gradio: pip install "ran-layers[demo]"')
+    if not args.model:
+        return fail("this package came without trained weights: name a model with --model NAME_OR_DIR")
+    try:
+        for name in args.model:
+            trained_model(name)
+        page = build_page(args.model)
+    except ValueError as error:
+        return fail(str(error))
+    try:  # before Gradio does: its server thread would print a traceback
+        socket.create_server((args.host, args.port or 0)).close()
+        _, url, _ = page.launch(
+            server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True, footer_links=[],
+            prevent_thread_lock=True)
+    except OSError as error:
+        where = f"{args.host}, port {args.port}" if args.port else args.host
+        return fail(f"cannot listen at {where}: {error.strerror or error}")
+    print(f"Serving at {url} (Ctrl-C stops it)", flush=True)
+    page.block_thread()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

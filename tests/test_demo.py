@@ -1,0 +1,129 @@
+"""The demo page: served on loopback alone, and used in a headless Chromium as a person would."""
+import json
+import re
+import shutil
+import socket
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ran_layers import demo
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "my-run"
+    folder.mkdir()
+    torch.manual_seed(0)
+    save_file(timm.create_model("ran_att56_cifar", num_classes=10).state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
+        "architecture": "ran_att56_cifar", "num_classes": 10, "label_names": NAMES,
+        "pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 1.0}}))
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Run the command up to the point where it would wait for ever, and end its server afterwards."""
+    gradio = pytest.importorskip("gradio", reason="needs Gradio, the extra 'demo'")
+    pages = []
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: pages.append(page))
+    yield demo.main
+    for page in pages:
+        page.close(verbose=False)
+
+
+def accepts(host, port):
+    with socket.socket() as client:
+        client.settimeout(5)
+        return client.connect_ex((host, port)) == 0
+
+
+def test_it_answers_with_classes_and_picture(run_dir, photo):
+    classes, picture = demo.look(str(photo), str(run_dir), 1)
+    assert len(classes) == 5
+    assert set(classes) <= set(NAMES)
+    assert list(classes.values()) == sorted(classes.values(), reverse=True)
+    assert picture.width > demo.look(str(photo), str(run_dir), 0)[1].width
+    assert demo.look(None, str(run_dir), 1) == (None, None)
+
+
+def test_what_cannot_be_served_gets_one_line(run_dir, monkeypatch, capsys):
+    assert demo.main(["--model", str(run_dir / "none")]) == 2
+    assert "must be a timm name" in capsys.readouterr().err
+    assert demo.main(["--model", "ran_att128_cifar_orig"]) == 2
+    assert "no trained weights" in capsys.readouterr().err
+    monkeypatch.setattr(timm, "list_pretrained", lambda pattern: [])
+    assert demo.main([]) == 2
+    assert "--model NAME_OR_DIR" in capsys.readouterr().err
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    assert demo.main(["--model", str(run_dir)]) == 2
+    assert 'pip install "ran-layers[demo]"' in capsys.readouterr().err
+
+
+def test_it_binds_where_it_is_told(run_dir, serve, capsys):
+    # All of 127.0.0.0/8 is this machine: a server on 127.0.0.1 does not answer at 127.0.0.2, one on 0.0.0.0 does.
+    assert serve(["--model", str(run_dir), "--host", "127.0.0.2"]) == 0
+    url = urlsplit(re.search(r"http\S+", capsys.readouterr().out)[0])
+    assert (url.hostname, accepts("127.0.0.2", url.port), accepts("127.0.0.1", url.port)) == ("127.0.0.2", True, False)
+    assert serve(["--model", str(run_dir), "--port", str(url.port), "--host", "127.0.0.2"]) == 2
+    assert f"cannot listen at 127.0.0.2, port {url.port}: Address already in use" in capsys.readouterr().err
+    assert serve(["--model", str(run_dir), "--host", "192.0.2.1"]) == 2  # an address of nobody (RFC 5737)
+    assert "cannot listen at 192.0.2.1: " in capsys.readouterr().err
+
+
+def test_a_person_drops_an_image(run_dir, photo, serve, capsys, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium on the path")
+    assert serve(["--model", str(run_dir)]) == 0
+    address = re.search(r"http\S+", capsys.readouterr().out)[0]
+    assert (urlsplit(address).hostname, accepts("127.0.0.2", urlsplit(address).port)) == ("127.0.0.1", False)
+
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(60_000)
+        errors = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(address)
+
+        page.set_input_files("#image input[type=file]", photo)
+        picture = page.locator("#masks img")
+        picture.wait_for()
+        page.wait_for_function("document.querySelector('#masks img').naturalWidth > 1000")
+        assert re.search(rf"({'|'.join(NAMES)})\s+\d+%", page.locator("#prediction").inner_text())
+        width = picture.evaluate("image => image.naturalWidth")
+
+        page.locator("#channels input[type=number]").fill("0")  # fewer channels, a narrower picture
+        page.locator("#channels input[type=number]").press("Enter")
+        page.wait_for_function(f"document.querySelector('#masks img').naturalWidth < {width}")
+
+        page.set_viewport_size({"width": 390, "height": 844})  # a phone
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+        bad = tmp_path / "bad.png"
+        bad.write_bytes(photo.read_bytes()[:500])
+        page.locator("#image button[aria-label='Remove Image'], #image button[aria-label='Clear']").first.click()
+        page.set_input_files("#image input[type=file]", bad)
+        message = page.get_by_text("bad.png:")
+        message.wait_for()
+        assert str(tmp_path.parent) not in message.inner_text()
+        assert "/" not in message.inner_text()
+        assert errors == []
+        browser.close()
