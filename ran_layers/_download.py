@@ -10,7 +10,6 @@ from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -155,8 +154,9 @@ def _explain_one(error: BaseException, repo_id: str, revision: str | None) -> st
         return f"{endpoint} had a server error: its answer is no JSON; try again later"
     if isinstance(error, HFValidationError):
         return f"{repo_id!r} is no repository name of the form user/name"
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return _explain_status(error, error.response.status_code, repo_id)
+    status = getattr(getattr(error, "response", None), "status_code", None)  # of whichever HTTP library
+    if isinstance(status, int):
+        return _explain_status(getattr(error, "server_message", None) or "", status, repo_id)
     if isinstance(error, LocalEntryNotFoundError):
         # Says only that the Hub could not be reached; what comes next in the chain may say why.
         if error.__cause__ is None and error.__context__ is None:
@@ -172,8 +172,7 @@ def _explain_one(error: BaseException, repo_id: str, revision: str | None) -> st
     return None
 
 
-def _explain_status(error: HfHubHTTPError, status: int, repo_id: str) -> str:
-    message = getattr(error, "server_message", None) or ""
+def _explain_status(message: str, status: int, repo_id: str) -> str:
     said = f" ({message})" if message else f" ({status})"
     if status == 401:
         return f"the Hub did not accept the token{said}: `hf auth login` with a valid one, or set HF_TOKEN"

@@ -2,13 +2,14 @@
 import contextlib
 import json
 import resource
+import sys
 import time
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 from hub_server import HubServer
-from huggingface_hub import constants
 
 import ran_layers  # noqa: F401 (registers the networks)
 
@@ -17,17 +18,25 @@ IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 PUSHED = {"README.md", "model.safetensors", "config.json", "result.json", "curves.png", "masks.png"}
 
 
+def set_constants(monkeypatch, **values):
+    """Set constants of huggingface_hub in all its modules: older versions import some of them by name."""
+    for module in [module for name, module in list(sys.modules.items()) if name.startswith("huggingface_hub")]:
+        for name, value in values.items():
+            if name in vars(module):
+                monkeypatch.setattr(module, name, value)
+    if hasattr(huggingface_hub.utils, "reset_sessions"):
+        huggingface_hub.utils.reset_sessions()  # older sessions look at HF_HUB_OFFLINE when they are made
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The stand-in, with the clients of this process pointed at it and a cache of its own."""
     with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         # The stand-in speaks LFS over HTTP; the Xet protocol is the binary hf_xet's own.
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
+        set_constants(
+            monkeypatch, ENDPOINT=server.url, HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_DISABLE_XET=True,
+            HUGGINGFACE_CO_URL_TEMPLATE=server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            HF_TOKEN_PATH=str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", server.writer)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits before each new attempt

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hub_fixtures import IMAGES, PUSHED, REPO, edit, finish_run, full_disk
+from hub_fixtures import IMAGES, PUSHED, REPO, edit, finish_run, full_disk, set_constants
 from hub_server import HubServer
-from huggingface_hub import constants
 
 import ran_layers
 from ran_layers._download import HubError
@@ -45,7 +44,7 @@ def test_what_is_pushed_loads(hub, tmp_path, monkeypatch):
     assert torch.equal(timm.create_model(f"hf-hub:{REPO}@{pushed.commit}", pretrained=True).eval()(IMAGES), expected)
 
     hub.requests.clear()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    set_constants(monkeypatch, HF_HUB_OFFLINE=True)
     assert torch.equal(load()(IMAGES), expected)
     assert hub.requests == []
 
@@ -134,18 +133,18 @@ def test_dry_run_sends_nothing(hub, run_dir, cli, monkeypatch):
 # --- failures of a push ----------------------------------------------------------------------------------------------
 
 STEPS = ("info", "create", "validate", "preupload", "lfs_batch", "lfs_upload", "lfs_verify", "commit")
-
-
-@pytest.mark.parametrize("new", [True, False], ids=["new repository", "existing repository"])
-@pytest.mark.parametrize(("step", "how"), [
+FAILURES = (
     *((step, {"status": 500, "message": "internal"}) for step in STEPS),
     *((step, {"cut": True}) for step in STEPS),
     *((step, {"status": 503, "body": "<html>busy</html>"}) for step in ("validate", "commit")),
-], ids=str)
+)
+
+
+@pytest.mark.parametrize(("step", "how", "new"), [
+    pytest.param(step, how, new, id=f"{step} {how.get('status', 'cut')} {'new' if new else 'existing'}")
+    for step, how in FAILURES for new in (True, False) if new or step != "create"])
 def test_failed_push_leaves_the_repository_as_it_was(hub, run_dir, cli, step, how, new):
     if not new:
-        if step == "create":
-            pytest.skip("an existing repository is not created")
         hub.add(REPO, {"README.md": b"old"})
     before = {name: (dict(repo.files), list(repo.messages)) for name, repo in hub.repos.items()}
     hub.fail(step, **how)
@@ -212,10 +211,10 @@ def test_interrupted_push(hub, run_dir, cli, monkeypatch):
     (lambda hub, patch: patch.delenv("HF_TOKEN"), "no access token of the Hub"),
     (lambda hub, patch: patch.setenv("HF_TOKEN", hub.reader), "may not write to alice/net"),
     (lambda hub, patch: patch.setenv("HF_TOKEN", "hf_" + "x" * 30), "did not accept the token"),
-    (lambda hub, patch: patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9"), "http://127.0.0.1:9 failed"),
+    (lambda hub, patch: set_constants(patch, ENDPOINT="http://127.0.0.1:9"), "http://127.0.0.1:9 failed"),
     (lambda hub, patch: hub.fail("create", status=403, message="no such organisation"), "may not write to alice/net"),
     (lambda hub, patch: hub.fail("create", status=429, message="slowly"), "slow down"),
-    (lambda hub, patch: patch.setattr(constants, "HF_HUB_OFFLINE", True), "HF_HUB_OFFLINE"),
+    (lambda hub, patch: set_constants(patch, HF_HUB_OFFLINE=True), "HF_HUB_OFFLINE"),
 ], ids=["no token", "no right", "bad token", "no server", "no namespace", "too many", "offline"])
 def test_push_that_may_not_be(hub, run_dir, cli, monkeypatch, setup, said):
     setup(hub, monkeypatch)

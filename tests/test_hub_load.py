@@ -7,8 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 import yaml
-from hub_fixtures import IMAGES, REPO, edit, full_disk
-from huggingface_hub import constants
+from hub_fixtures import IMAGES, REPO, edit, full_disk, set_constants
 
 from ran_layers import AttentionModule, ResNeXtUnit, SoftMaskBranch
 from ran_layers._download import HubError
@@ -50,11 +49,15 @@ def test_failed_download_leaves_nothing(hub, run_dir, expected, tmp_path, load, 
 
 
 def test_download_goes_on_where_it_was_cut(hub, run_dir, expected, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what the client keeps of a cut download: whole chunks
+    set_constants(monkeypatch, DOWNLOAD_CHUNK_SIZE=1000)  # what the client keeps of a cut download: whole chunks
     push_to_hub(run_dir, REPO)
     timm.create_model(f"hf-hub:{REPO}", pretrained=False)
     hub.fail("download", cut=True, after=20_000, times=1)
-    assert torch.equal(load_with_timm(None)(IMAGES), expected)
+    try:
+        model = load_with_timm(None)
+    except HubError:  # huggingface_hub below 1.0 goes on in the next call only
+        model = load_with_timm(None)
+    assert torch.equal(model(IMAGES), expected)
     assert hub.seen_ranges == ["bytes=20000-"]
 
 
@@ -150,9 +153,9 @@ def test_layer_over_the_hub(hub, tmp_path, monkeypatch):
     assert {"model.safetensors", "config.json"} <= set(hub.repos[REPO].files)
     x = torch.ones(1, 8, 5, 5)
     assert torch.equal(AttentionModule.from_pretrained(REPO)(x), saved(x))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    set_constants(monkeypatch, HF_HUB_OFFLINE=True)
     assert torch.equal(AttentionModule.from_pretrained(REPO)(x), saved(x))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    set_constants(monkeypatch, HF_HUB_OFFLINE=False)
 
     del hub.repos[REPO].files["model.safetensors"]
     hub.repos[REPO].files["pytorch_model.bin"] = b"pickle"

@@ -29,7 +29,7 @@ def pull(repo_id: str, folder: str | Path, *, revision: str | None = None, token
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder")
     try:
-        info = HfApi(token=token).repo_info(repo_id, revision=revision, files_metadata=True)
+        info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
     except Exception as error:
         raise HubError(explain(error, repo_id, revision, token)) from None
     remote = {sibling.rfilename: sibling for sibling in info.siblings or ()}

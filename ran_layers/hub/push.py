@@ -156,7 +156,7 @@ def same_as_remote(content: bytes | Path, sibling: Any) -> bool:
 def _push(api: HfApi, repo_id: str, files: Files, private: bool, revision: str | None, message: str) -> Pushed:
     created = False
     try:
-        info = api.repo_info(repo_id, revision=revision, files_metadata=True)
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
     except RepositoryNotFoundError:
         if revision not in (None, "main"):
             raise HubError(
@@ -166,7 +166,7 @@ def _push(api: HfApi, repo_id: str, files: Files, private: bool, revision: str |
         created = True
     try:
         if created:
-            info = api.repo_info(repo_id, files_metadata=True)
+            info = api.model_info(repo_id, files_metadata=True)
         elif private and not info.private:
             raise HubError(f"{repo_id} exists and is public: make it private in its settings, or push without private")
         return _commit(api, repo_id, files, info, revision, message)
@@ -182,15 +182,16 @@ def _commit(api: HfApi, repo_id: str, files: Files, info: Any, revision: str | N
     changed, stale = _differences(files, info)
     if not changed and not stale:
         return Pushed(url, info.sha, ())
-    operations = [CommitOperationAdd(name, files[name]) for name in changed]
+    operations: list[Any] = [CommitOperationAdd(name, files[name]) for name in changed]
     operations += [CommitOperationDelete(name) for name in stale]
     try:
         commit = api.create_commit(
             repo_id, operations, commit_message=message, revision=revision, parent_commit=info.sha).oid
     except Exception:
-        commit = _landed(api, repo_id, files, revision)
-        if commit is None:
+        landed = _landed(api, repo_id, files, revision)
+        if landed is None:
             raise
+        commit = landed
     return Pushed(url, commit, (*changed, *stale))
 
 
@@ -205,7 +206,7 @@ def _differences(files: Files, info: Any) -> tuple[list[str], list[str]]:
 def _landed(api: HfApi, repo_id: str, files: Files, revision: str | None) -> str | None:
     """Return the commit if the Hub has all of the files: the connection may have been cut after the commit itself."""
     try:
-        info = api.repo_info(repo_id, revision=revision, files_metadata=True)
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
     except Exception:
         return None
     return info.sha if _differences(files, info) == ([], []) else None
@@ -214,7 +215,7 @@ def _landed(api: HfApi, repo_id: str, files: Files, revision: str | None) -> str
 def _remove_if_empty(api: HfApi, repo_id: str) -> bool:
     """Remove the repository that this push created, unless somebody put a file into it; return whether it is gone."""
     try:
-        names = {sibling.rfilename for sibling in api.repo_info(repo_id).siblings or ()}
+        names = {sibling.rfilename for sibling in api.model_info(repo_id).siblings or ()}
         if names - {".gitattributes"}:
             return True  # somebody else's by now: theirs to keep
         api.delete_repo(repo_id)

@@ -80,6 +80,8 @@ class HubMixin(PyTorchModelHubMixin):
             weights = download_weights(
                 model_id, revision=revision, cache_dir=cache_dir, token=token,
                 force_download=force_download, local_files_only=local_files_only)
+        for gone in ("proxies", "resume_download"):  # huggingface_hub below 1.0 hands these over too
+            model_kwargs.pop(gone, None)
         arguments = {name: decode(name, value) for name, value in model_kwargs.items()}
         if "channels" not in arguments:
             raise HubError(f"{model_id} has no config.json with the arguments of {cls.__name__}")
