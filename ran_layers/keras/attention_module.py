@@ -87,15 +87,15 @@ class AttentionModule(ImageLayer):
     def build(self, input_shape: Shape) -> None:
         build_chain([*self.pre, *self.trunk, self.mask, *self.post], input_shape)
 
-    def call(self, x: Any) -> Any:
+    def call(self, x: Any, training: bool | None = None) -> Any:
         for unit in self.pre:
-            x = unit(x)
-        trunk, mask = x, self.mask(x)
+            x = unit(x, training=training)
+        trunk, mask = x, self.mask(x, training=training)
         for unit in self.trunk:
-            trunk = unit(trunk)
+            trunk = unit(trunk, training=training)
         x = trunk + mask * trunk if self.residual else mask * trunk
         for unit in self.post:
-            x = unit(x)
+            x = unit(x, training=training)
         return x
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:

@@ -45,7 +45,7 @@ def load_torch_weights(layer: keras.layers.Layer, state: Mapping[str, Any] | str
     state = {name: np.asarray(value) for name, value in state.items() if not name.endswith("num_batches_tracked")}
     variables = _named_variables(layer)
     if not variables:
-        raise ValueError(f"layer must have been built, got {layer.name!r} without weights; call it or its build() first")
+        raise ValueError(f"layer must have been built, got {layer.name!r} without weights; call it or its build()")
     missing, unexpected = sorted(variables.keys() - state), sorted(state.keys() - variables)
     if missing or unexpected:
         raise ValueError(
@@ -73,7 +73,7 @@ def torch_state_dict(layer: keras.layers.Layer) -> dict[str, np.ndarray]:
         (16, 16, 3, 3)
     """
     return {
-        name: np.ascontiguousarray(_to_torch(keras.ops.convert_to_numpy(variable)))
+        name: np.array(_to_torch(keras.ops.convert_to_numpy(variable)), order="C")  # a copy in any case
         for name, variable in _named_variables(layer).items()
     }
 

@@ -28,9 +28,9 @@ class MaskHead(ImageLayer):
         self.conv2 = self.conv(channels, 1, name="conv2")
         build_chain([self.norm1, self.conv1, self.norm2, self.conv2], input_shape)
 
-    def call(self, x: Any) -> Any:
-        x = self.conv1(self.norm1(x))
-        x = self.conv2(self.norm2(x))
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        x = self.conv1(self.norm1(x, training=training))
+        x = self.conv2(self.norm2(x, training=training))
         if self.mask_act == "mixed":
             return ops.sigmoid(x)
         x = ops.cast(x, "float32")  # sums of squares overflow in float16
@@ -57,12 +57,12 @@ class DownStep(ImageLayer):
     def build(self, input_shape: Shape) -> None:
         build_chain(self.units, self.compute_output_shape(input_shape))
 
-    def call(self, x: Any) -> Any:
+    def call(self, x: Any, training: bool | None = None) -> Any:
         # Padded by -inf on both sides, as PyTorch does; padding='same' pads an even size on one side only.
         padding = [(1, 1) if axis in self.spatial_axes else (0, 0) for axis in range(4)]
         x = self.pool(ops.pad(x, padding, constant_values=float("-inf")))
         for unit in self.units:
-            x = unit(x)
+            x = unit(x, training=training)
         return x
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
@@ -87,12 +87,12 @@ class UpStep(ImageLayer):
             self.skip.build(feature_shape)
         build_chain(self.units, feature_shape)
 
-    def call(self, x: Any, feature: Any) -> Any:
+    def call(self, x: Any, feature: Any, training: bool | None = None) -> Any:
         x = upsample_to(x, feature, self.data_format)
         if self.skip is not None:
-            x = x + self.skip(feature)
+            x = x + self.skip(feature, training=training)
         for unit in self.units:
-            x = unit(x)
+            x = unit(x, training=training)
         return x
 
 
@@ -105,7 +105,7 @@ def upsample_to(x: Any, target: Any, data_format: str) -> Any:
 
 @keras.saving.register_keras_serializable("ran_layers")
 class SoftMaskBranch(ImageLayer):
-    """Bottom-up top-down mask branch (Wang et al. 2017, section 3.1 and Figure 2), as :class:`ran_layers.SoftMaskBranch`.
+    """Bottom-up top-down mask branch (Wang et al. 2017, section 3.1, Figure 2), as :class:`ran_layers.SoftMaskBranch`.
 
     Down: ``mask_depth`` times a 3x3 max-pooling of stride 2 and ``r`` units. Bottom: ``r`` more units. Up: bilinear
     upsampling to the size of each map passed on the way down, plus a skip connection of one unit, and ``r`` units;
@@ -170,18 +170,18 @@ class SoftMaskBranch(ImageLayer):
             shape = shapes.pop()
         self.head.build(input_shape)
 
-    def call(self, x: Any) -> Any:
+    def call(self, x: Any, training: bool | None = None) -> Any:
         self.compute_output_shape(x.shape)
         features = [x]
         for down in self.down:
-            x = down(x)
+            x = down(x, training=training)
             features.append(x)
         x = features.pop()
         for unit in self.bottom:
-            x = unit(x)
+            x = unit(x, training=training)
         for up in self.up:
-            x = up(x, features.pop())
-        return self.head(upsample_to(x, features.pop(), self.data_format))
+            x = up(x, features.pop(), training=training)
+        return self.head(upsample_to(x, features.pop(), self.data_format), training=training)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """Return ``input_shape`` if every pooling halves something.
@@ -248,10 +248,10 @@ class LocalMaskBranch(ImageLayer):
     def build(self, input_shape: Shape) -> None:
         build_chain([*self.units, self.head], input_shape)
 
-    def call(self, x: Any) -> Any:
+    def call(self, x: Any, training: bool | None = None) -> Any:
         for unit in self.units:
-            x = unit(x)
-        return self.head(x)
+            x = unit(x, training=training)
+        return self.head(x, training=training)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape

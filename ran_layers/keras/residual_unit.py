@@ -52,7 +52,7 @@ class ResidualUnit(ImageLayer):
         self.bottle_ratio = check_fraction("bottle_ratio", bottle_ratio, zero=False, one=True)
 
     def build(self, input_shape: Shape) -> None:
-        in_channels = input_shape[self.channel_axis]
+        in_channels: Any = input_shape[self.channel_axis]
         out_channels = in_channels if self.out_channels is None else self.out_channels
         mid_channels = max(1, int(out_channels * self.bottle_ratio))
 
@@ -73,12 +73,12 @@ class ResidualUnit(ImageLayer):
         if self.downsample is not None:
             self.downsample.build(input_shape)
 
-    def call(self, x: Any) -> Any:
-        preact = self.norm1(x)
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        preact = self.norm1(x, training=training)
         shortcut = x if self.downsample is None else self.downsample(preact)
         x = self.conv1(preact)
-        x = self.conv2(self.pad(self.norm2(x)))
-        x = self.conv3(self.norm3(x))
+        x = self.conv2(self.pad(self.norm2(x, training=training)))
+        x = self.conv3(self.norm3(x, training=training))
         return x + shortcut
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
