@@ -1,0 +1,165 @@
+"""Fold the normalisations of a trained network into its convolutions, for faster inference."""
+import copy
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn as nn
+from timm.layers import Conv2dSame
+from timm.models import get_notrace_functions, get_notrace_modules
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # timm's, with an activation, are subclasses
+CONVS = (nn.Conv2d, Conv2dSame)  # by exact type: subclasses may compute their weights
+REACH = torch.finfo(torch.float16).max  # no feature map goes further, whatever it is cast to
+
+
+class ClampAct(nn.Module):
+    """What is left of BN and ReLU before 1x1 convolutions: a clamp with bounds for each channel.
+
+    With ``a`` and ``b`` the scale and shift of the BN, ``relu(a * x + b) = a * clamp(x) + b``, where ``clamp`` cuts
+    ``x`` off at ``-b / a``: from below if ``a > 0``, from above if ``a < 0``. The following convolution can take ``a``
+    and ``b`` into its weights and bias, so one pass over the feature map is left of three.
+
+    Shapes:
+        input and output ``(batch, channels, height, width)``.
+    """
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    def __init__(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("low", low.view(1, -1, 1, 1))
+        self.register_buffer("high", high.view(1, -1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.clamp(x, self.low, self.high)
+
+
+def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Return ``model`` for inference: in eval mode, BN folded into convolutions, weights in channels-last order.
+
+    Two foldings, both exact up to rounding:
+
+    - A BN right behind a convolution goes into that convolution's weights and bias; its activation stays.
+    - A BN and ReLU in front of 1x1 convolutions, as opens a pre-activation unit, goes into those that follow, and a
+      :class:`ClampAct` stays.
+
+    Of the 106 BN of ``ran_att56_cifar`` one is left, before the pooling. Channels-last order is what makes it pay on a
+    CPU (``benchmarks/fuse.py``): the convolutions need no reordering of their inputs, and the clamp is one vectorised
+    pass. Images may come in either order. Any network that ``torch.fx`` can trace will do; what does not fit one of
+    the two patterns stays as it is. The result cannot be trained any further. Fuse in float32, then cast.
+
+    Args:
+        model: The network; its normalisations must have running statistics to be folded.
+        inplace: Change ``model`` itself instead of a copy.
+
+    Returns:
+        A network of the same class.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``torch.fx`` cannot trace it.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("ran_att56_cifar").eval()
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> torch.allclose(fuse(model)(images), model(images), atol=1e-4)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r} ({type(model).__name__})")
+    if not inplace:
+        model = copy.deepcopy(model)
+    model.eval()
+    graph = _trace(model)
+    modules = _foldable_modules(model, graph)
+    for node in graph.nodes:
+        norm = modules.get(node)
+        if not isinstance(norm, BATCH_NORMS) or norm.running_mean is None:
+            continue
+        source = node.all_input_nodes[0]
+        before = modules.get(source) if len(source.users) == 1 else None
+        after: list[Any] = [modules.get(user) for user in node.users]
+        act = getattr(norm, "act", None)  # timm's BN with an activation
+        if type(before) in CONVS:
+            left = _fold_into_previous(before, norm)
+        elif type(act) is nn.ReLU and after and all(map(_is_pointwise, after)):
+            left = _fold_into_next(norm, after)
+        else:
+            continue
+        model.set_submodule(node.target, left)
+    return model.eval().to(memory_format=torch.channels_last)  # what came in has to be in eval mode too
+
+
+def _fold_into_previous(conv: Any, norm: Any) -> nn.Module:
+    """Put ``norm`` into the convolution in front of it; return its activation."""
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    return getattr(norm, "act", nn.Identity())
+
+
+@torch.no_grad()
+def _fold_into_next(norm: Any, convs: list[Any]) -> nn.Module:
+    """Put ``norm``, which ends in a ReLU, into the 1x1 convolutions behind it; return the clamp that is left."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+
+    bound = -shift / scale
+    # A channel with (almost) no scale is cut off everywhere or nowhere.
+    cut = bound.abs() < REACH
+    off = ~cut & ~(shift > 0)
+    scale, shift = scale.masked_fill(off, 0), shift.masked_fill(off, 0)
+    low = torch.where(cut & (scale > 0), bound, -torch.inf).masked_fill(off, 0)
+    high = torch.where(cut & (scale < 0), bound, torch.inf).masked_fill(off, 0)
+
+    for conv in convs:
+        bias = conv.weight.flatten(1) @ shift
+        conv.bias = nn.Parameter(bias if conv.bias is None else conv.bias + bias)
+        conv.weight = nn.Parameter(conv.weight * scale.view(1, -1, 1, 1))
+    return ClampAct(low, high)
+
+
+def _is_pointwise(conv: Any) -> bool:
+    """Whether this is a convolution that reads one position and all channels, so that a constant can go through it."""
+    return type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+class _Tracer(torch.fx.Tracer):
+    """Follows a forward pass down to torch's own layers and those that timm names as not to be looked into."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, (*get_notrace_modules(), *CONVS)) or super().is_leaf_module(module, name)
+
+
+def _trace(model: nn.Module) -> torch.fx.Graph:
+    set_grad_checkpointing = getattr(model, "set_grad_checkpointing", None)
+    if callable(set_grad_checkpointing):  # of no use in inference, and in the way of tracing
+        set_grad_checkpointing(False)
+    try:
+        return _Tracer().trace(model)
+    except Exception as error:  # a forward pass with control flow fails in many ways
+        raise ValueError(f"model must have a forward pass that torch.fx can trace; {type(model).__name__} has not: "
+                         f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+
+
+def _foldable_modules(model: nn.Module, graph: torch.fx.Graph) -> dict[torch.fx.Node, nn.Module]:
+    """Return the module of each graph node that calls one which is called only there and has no hooks."""
+    modules = dict(model.named_modules())
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    times = Counter(node.target for node in calls)
+    return {
+        node: module for node in calls
+        if times[node.target] == 1
+        and not (module := modules[node.target])._forward_hooks and not module._forward_pre_hooks
+    }

@@ -1,0 +1,276 @@
+"""Attention Modules inside somebody else's network: put them in, and take them out again.
+
+`Residual Attention Network for Image Classification` - https://arxiv.org/abs/1704.06904
+`Going deeper with Image Transformers` (LayerScale, the form of the gate) - https://arxiv.org/abs/2103.17239
+"""
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .layers import AttentionModule
+
+Where = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+# The name of the submodule; long, because hosts have attributes called `attention` of their own.
+CHILD = "inserted_attention"
+PROBE_SIZE = 224  # pixels of the image that finds the channel counts, for networks that state no size of their own
+
+
+class InsertedAttention(nn.Module):
+    """An Attention Module behind a gate: ``x + gamma * (attention(x) - x)``, with one ``gamma`` per channel.
+
+    With ``gamma = 0``, where it starts, this is the identity to the bit; with ``gamma = 1`` it is the Attention Module.
+    The mask itself cannot give such a start: a sigmoid is never 0, and where it comes near its gradient vanishes. Here
+    the first step moves ``gamma``, whose gradient does not vanish, and from the second on everything learns.
+
+    Shapes:
+        input and output ``(batch, channels, height, width)``, or ``(batch, height, width, channels)`` with ``nhwc``.
+
+    Args:
+        attention: The module behind the gate; it keeps the shape.
+        channels: Channels of the feature map.
+        nhwc: Whether the maps have their channels last.
+    """
+
+    def __init__(
+            self, attention: nn.Module, channels: int, *, nhwc: bool = False, device: Any = None, dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.gamma = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
+        self.nhwc = nhwc
+        self.hook: Any = None  # removes the forward hook of the host, if it has one
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.nhwc:
+            x = x.permute(0, 3, 1, 2)
+        x = x + self.gamma.view(-1, 1, 1) * (self.attention(x) - x)
+        return x.permute(0, 2, 3, 1) if self.nhwc else x
+
+    def extra_repr(self) -> str:
+        return "nhwc=True" if self.nhwc else ""
+
+
+def insert_attention(
+        model: nn.Module,
+        where: Where,
+        *,
+        example_input: torch.Tensor | None = None,
+        **module_args: Any,
+) -> list[str]:
+    """Put an Attention Module behind modules of ``model``, in place, without changing what the network computes.
+
+    Each module found by ``where`` becomes a host: it gets a child ``inserted_attention`` (:class:`InsertedAttention`)
+    that its output passes through. The channels are found by one forward pass of a blank image. Names, classes and
+    state dict keys of the network stay as they were; the new ones are added, so weights of the original network still
+    load with ``strict=False``, and :func:`remove_attention` takes the modules out again.
+
+    At insertion the outputs are those of the network as it was, exactly; see :class:`InsertedAttention` for the
+    initialisation. Feature maps with the channels last (Swin) are handled.
+
+    Args:
+        model: Any network with feature maps of four dimensions.
+        where: The hosts: the name of a module; a list of names; ``'stages'`` for every feature level of a timm model
+            (``model.feature_info``; a module that is itself called so is ``['stages']``); or a function of name and
+            module that returns whether it is one.
+        example_input: An input of the network, for the forward pass that finds the channels. If None, a blank image of
+            the size in ``model.pretrained_cfg``, or of 224x224.
+        **module_args: Arguments of every :class:`~ran_layers.AttentionModule` (``mask_depth``, ``t``, ``mask``, ...).
+
+    Returns:
+        The names of the hosts, in the network's order.
+
+    Raises:
+        TypeError, ValueError: ``where`` finds no module, or one that cannot be a host: it has an Attention Module
+            already, is not run exactly once, or returns no feature map; ``module_args`` are none of an Attention
+            Module, or the module does not fit (``mask_depth`` too large for the map, a ``trunk`` of other channels).
+            The network is then as it was.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("resnet18")
+        >>> insert_attention(model, ["layer2", "layer3"], mask_depth=2)
+        ['layer2', 'layer3']
+    """
+    reserved = sorted({"channels", "device", "dtype"} & module_args.keys())
+    if reserved:
+        raise TypeError(f"module_args must not hold {', '.join(reserved)}: insert_attention finds them by itself")
+    hosts = _find_hosts(model, where)
+    if len(hosts) > 1 and isinstance(module_args.get("trunk"), nn.Module):
+        raise ValueError(f"trunk is one module and cannot be in {len(hosts)} places: insert one at a time")
+    if example_input is None:
+        example_input = _blank_image(model)
+
+    inserted = {}
+    for name, output in _run(model, hosts, example_input).items():
+        nhwc = _is_nhwc(output, example_input)
+        channels = output.shape[-1 if nhwc else 1]
+        dd: dict[str, Any] = {"device": output.device, "dtype": output.dtype}
+        attention = AttentionModule(channels, **module_args, **dd)
+        inserted[name] = InsertedAttention(attention, channels, nhwc=nhwc, **dd).eval()
+        _check_fit(name, inserted[name], output)
+
+    for name, module in inserted.items():  # only now that nothing can fail any more
+        module.train(hosts[name].training)
+        host = hosts[name]
+        if not isinstance(host, nn.Sequential):  # a Sequential runs its children by itself
+            module.hook = host.register_forward_hook(_attend)
+        host.add_module(CHILD, module)
+    return list(inserted)
+
+
+def remove_attention(model: nn.Module) -> list[str]:
+    """Undo every :func:`insert_attention` on ``model``, in place: the same modules and state dict keys as before.
+
+    Returns:
+        The names of the former hosts, in the network's order.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("resnet18")
+        >>> keys = model.state_dict().keys()
+        >>> hosts = insert_attention(model, "stages")
+        >>> remove_attention(model) == hosts and model.state_dict().keys() == keys
+        True
+    """
+    hosts = {name: host for name, host in model.named_modules() if CHILD in dict(host.named_children())}
+    for host in hosts.values():
+        hook = getattr(host, CHILD).hook
+        if hook is not None:
+            hook.remove()
+        delattr(host, CHILD)
+    return list(hosts)
+
+
+def _attend(host: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    """Forward hook of a host. It looks its module up, so that a copy of the network runs the copy's."""
+    return host.inserted_attention(output)
+
+
+def _find_hosts(model: nn.Module, where: Where) -> dict[str, nn.Module]:
+    """Return the modules that ``where`` means, by name and in the network's order."""
+    modules = {name: module for name, module in model.named_modules() if name and CHILD not in name.split(".")}
+    if callable(where):
+        names = [name for name, module in modules.items() if where(name, module)]
+    elif where == "stages":
+        names = _stage_names(model, modules)
+    elif isinstance(where, str):
+        names = [where]
+    elif isinstance(where, Sequence) and all(isinstance(name, str) for name in where):
+        names = list(where)
+    else:
+        raise TypeError(
+            f"where must be a module's name, a list of names, 'stages' or a function of name and module, got {where!r}")
+    if not names:
+        raise ValueError(f"where must find at least one module of {type(model).__name__}, it found none")
+
+    for name in names:
+        if name not in modules:
+            similar = difflib.get_close_matches(name, modules, n=3) or list(model._modules)[:6]
+            raise ValueError(
+                f"where must name modules of {type(model).__name__}, which has no {name!r}; it has e.g. "
+                + ", ".join(map(repr, similar)))
+        host = modules[name]
+        if CHILD in dict(host.named_children()):
+            raise ValueError(f"{name!r} has an Attention Module already; undo it with remove_attention first")
+        runs_children_itself = isinstance(host, (nn.Sequential, nn.ModuleDict, nn.ModuleList))
+        if runs_children_itself and type(host).forward is not nn.Sequential.forward:
+            raise ValueError(
+                f"{name!r} is a container ({type(host).__name__}) that runs its children in its own way, where a new "
+                f"child would be in the way; name a module before or after it")
+    return {name: modules[name] for name in modules if name in names}
+
+
+def _stage_names(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """Return the names of the modules behind a timm model's feature levels."""
+    info: Any = getattr(model, "feature_info", None)
+    if not info:
+        raise ValueError(
+            f"where='stages' needs a timm model with feature_info, which {type(model).__name__} has not; name modules")
+    levels = info.module_name() if hasattr(info, "module_name") else [level["module"] for level in info]
+    # timm's feature extractors write 'stages.0' as 'stages_0', or hold the whole network as 'model'.
+    return [
+        next((form for form in (level, level.replace(".", "_"), f"model.{level}") if form in modules), level)
+        for level in levels
+    ]
+
+
+def _blank_image(model: nn.Module) -> torch.Tensor:
+    """Return an input that the network can be expected to take."""
+    parameter = next(model.parameters(), torch.empty(0))
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    channels, *size = cfg.get("input_size") or (3, PROBE_SIZE, PROBE_SIZE)
+    first_conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first_conv is not None:  # it, not the configuration, knows of timm's in_chans argument
+        channels = first_conv.in_channels
+    return torch.zeros(1, channels, *size, device=parameter.device, dtype=parameter.dtype)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluate, then put each module back into the mode it was in: frozen parts may be in another than the rest."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the feature map that each host gives in one forward pass."""
+    outputs: dict[str, list[Any]] = {name: [] for name in hosts}
+
+    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: outputs[name].append(output)
+
+    hooks = [host.register_forward_hook(record(name)) for name, host in hosts.items()]
+    try:
+        with torch.no_grad(), _eval_mode(model):
+            model(example_input)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} does not run on an input of shape {tuple(example_input.shape)} ({error}); "
+            f"pass one that it takes as example_input") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    maps = {}
+    for name, found in outputs.items():
+        kind = type(hosts[name]).__name__
+        if len(found) != 1:
+            raise ValueError(
+                f"{name!r} ({kind}) must be run once in a forward pass to have one place, it is run {len(found)} times")
+        if not isinstance(found[0], torch.Tensor) or found[0].ndim != 4:
+            got = tuple(found[0].shape) if isinstance(found[0], torch.Tensor) else type(found[0]).__name__
+            raise ValueError(
+                f"{name!r} ({kind}) must return a feature map (batch, channels, height, width) or "
+                f"(batch, height, width, channels), it returns {got}")
+        maps[name] = found[0]
+    return maps
+
+
+def _check_fit(name: str, module: InsertedAttention, feature_map: torch.Tensor) -> None:
+    """Raise if the module, in eval mode, does not take the host's output or changes its shape."""
+    shape = tuple(feature_map.shape)
+    try:
+        with torch.no_grad():
+            result = tuple(module(feature_map).shape)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the Attention Module for {name!r} does not take its output of shape {shape}: {error}"
+                         ) from error
+    if result != shape:
+        raise ValueError(f"the Attention Module for {name!r} must keep the shape {shape}, it returns {result}")
+
+
+def _is_nhwc(output: torch.Tensor, image: torch.Tensor) -> bool:
+    """Whether the channels are the last dimension: the one that, left out, leaves the image's aspect ratio."""
+    height, width = image.shape[-2:]
+    nchw, nhwc = (abs(h * width - w * height) for h, w in (output.shape[2:], output.shape[1:3]))
+    return nhwc < nchw

@@ -1,0 +1,189 @@
+"""Fused networks compute what the networks compute, without their normalisations."""
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import BatchNormAct2d, StdConv2d
+
+import ran_layers
+from ran_layers import insert_attention
+from ran_layers.fuse import ClampAct
+
+ROOT = Path(__file__).parents[1]
+
+
+def randomize_norms(model: nn.Module) -> nn.Module:
+    """Give each BN the statistics and weights of a trained network: scales of both signs, none and next to none."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, -0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            with torch.no_grad():
+                module.weight[:5] = torch.tensor([0.0, 0.0, 0.0, 1e-12, -1e-30])
+                module.bias[:4] = torch.tensor([0.4, -0.4, 0.0, -0.4])
+    return model.eval()
+
+
+def count(model: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+# network, side of its input, BN before and after, clamps after
+@pytest.mark.parametrize(("name", "size", "before", "after", "clamps"), [
+    ("ran_att56_cifar", 32, 106, 1, 36),
+    ("ran_att56_cifar_orig", 24, 106, 1, 35),
+    ("plain_cnn8_cifar", 32, 7, 0, 0),
+    ("resnet18", 32, 20, 0, 0),
+    ("efficientnet_lite0", 32, 49, 0, 0),
+    ("resnetv2_50", 32, 49, 1, 16),
+])
+def test_outputs_stay_and_norms_go(name: str, size: int, before: int, after: int, clamps: int) -> None:
+    model = randomize_norms(timm.create_model(name))
+    fused = ran_layers.fuse(model)
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = model(images)
+        assert (fused(images) - expected).abs().max() < 1e-4
+        assert (fused(images.to(memory_format=torch.channels_last)) - expected).abs().max() < 1e-4
+        assert (fused.forward_features(images) - model.forward_features(images)).abs().max() < 1e-4
+    assert (count(model, nn.BatchNorm2d), count(fused, nn.BatchNorm2d), count(fused, ClampAct)) == (
+        before, after, clamps)
+    assert type(fused) is type(model)
+
+
+@pytest.mark.parametrize("args", [
+    {"mask": "local"}, {"learning": "naive"}, {"mask_act": "channel"}, {"mask_act": "spatial"},
+    {"p": 2, "t": 1, "r": 2}, {"act_layer": "silu"}, {"norm_layer": "groupnorm1"},
+    {"unit_layer": ran_layers.ResNeXtUnit},
+], ids=str)
+def test_every_form_of_the_module(args: dict[str, object]) -> None:
+    module = randomize_norms(ran_layers.AttentionModule(64, mask_depth=2, **args))
+    fused = ran_layers.fuse(module)
+    x = torch.randn(2, 64, 7, 10)
+    with torch.no_grad():
+        assert (fused(x) - module(x)).abs().max() < 1e-4
+    if "act_layer" in args:  # without a ReLU there is nothing that a clamp could stand for
+        assert count(fused, ClampAct) == 0
+        assert 0 < count(fused, nn.BatchNorm2d) < count(module, nn.BatchNorm2d)
+    elif "norm_layer" not in args:
+        assert count(fused, nn.BatchNorm2d) == 0
+
+
+def test_inserted_modules_are_folded_too() -> None:
+    overlay = {"input_size": (3, 64, 64)}
+    model = timm.create_model("resnet18", pretrained_cfg_overlay=overlay)
+    insert_attention(model, ["layer1", "layer2.0", "bn1", "layer2.1.conv1"])
+    randomize_norms(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):
+                parameter.fill_(0.5)
+        images = torch.randn(1, 3, 64, 64)
+        assert (ran_layers.fuse(model)(images) - model(images)).abs().max() < 1e-4
+
+
+class Awkward(nn.Module):
+    """Everything that looks as if it could be folded and must not be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(6, 6, 1)  # called twice, one BN behind it
+        self.norm1 = nn.BatchNorm2d(6)
+        self.split = nn.Conv2d(6, 6, 1)  # its output goes elsewhere too
+        self.norm2 = nn.BatchNorm2d(6)
+        self.standardized = StdConv2d(6, 6, 1)  # computes its weights itself
+        self.norm3 = nn.BatchNorm2d(6)
+        self.preact = BatchNormAct2d(6)  # before a padded convolution, whose border is not BN's shift but zero
+        self.padded = nn.Conv2d(6, 6, 1, padding=1)
+        self.norm4 = nn.BatchNorm2d(6, track_running_stats=False)
+        self.hooked = nn.Conv2d(6, 6, 1)
+        self.hooked.register_forward_hook(double)
+        self.norm5 = nn.BatchNorm2d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm1(self.shared(self.shared(x)))
+        y = self.split(x)
+        x = self.norm3(self.standardized(y + self.norm2(y)))
+        x = self.norm4(self.padded(self.preact(x)))
+        return self.norm5(self.hooked(x))
+
+
+def double(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+    return 2 * output + 1
+
+
+def test_what_does_not_fit_stays_as_it_is() -> None:
+    model = Awkward()
+    model.train()
+    for _ in range(3):  # statistics of its own, from data
+        model(torch.randn(4, 6, 5, 5))
+    model.eval()
+    fused, x = ran_layers.fuse(model), torch.randn(2, 6, 5, 5)
+    with torch.no_grad():
+        assert (fused(x) - model(x)).abs().max() < 1e-4
+    assert count(fused, nn.BatchNorm2d) == count(model, nn.BatchNorm2d) == 6
+
+
+def test_copy_or_in_place() -> None:
+    model = ran_layers.AttentionModule(16)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    fused = ran_layers.fuse(model)
+    assert model.training
+    assert not any(module.training for module in fused.modules())
+    assert fused.pre[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in weights.items())
+    assert ran_layers.fuse(model, inplace=True) is model
+    assert model.state_dict().keys() == fused.state_dict().keys()
+
+
+def test_checkpointed_and_bfloat16_networks() -> None:
+    model = randomize_norms(timm.create_model("ran_att56_cifar"))
+    model.set_grad_checkpointing()
+    fused, images = ran_layers.fuse(model), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+        assert (fused(images) - expected).abs().max() < 1e-4
+        low = fused.to(torch.bfloat16)(images.bfloat16()).float()
+    assert (low - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_errors_say_what_is_wrong() -> None:
+    class Untraceable(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match=r"forward pass that torch.fx can trace; Untraceable has not"):
+        ran_layers.fuse(Untraceable())
+    with pytest.raises(TypeError, match=r"model must be an nn.Module, got 'resnet18'"):
+        ran_layers.fuse("resnet18")
+
+
+def test_benchmark_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location("benchmark_fuse", ROOT / "benchmarks" / "fuse.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    out = tmp_path / "results" / "fuse.json"
+    benchmark.main([
+        "--models", "plain_cnn8_cifar", "--batch-sizes", "2", "--rounds", "2", "--device", "cpu", "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert report["device"] == "cpu"
+    assert report["name"]
+    result, = report["results"]
+    assert result["largest_difference"] < 1e-4
+    assert result["speedup"]["plain"] == 1
+    assert all(value > 0 for value in result["milliseconds"].values())
+
+
+def test_committed_figures_reach_the_aim() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "fuse.json").read_text())
+    assert {result["batch_size"] for result in report["results"]} >= {1, 64}
+    for result in report["results"]:
+        assert result["speedup"]["folded, channels last (fuse)"] >= 1.3, result

@@ -1,0 +1,265 @@
+"""Attention Modules in other people's networks: nothing changes at insertion, everything learns, all can be undone."""
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torchvision
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.inception_v4 import InceptionA
+
+from ran_layers import AttentionModule, SoftMaskBranch, insert_attention, remove_attention
+from ran_layers.insert import InsertedAttention
+
+
+class HandWritten(nn.Module):
+    """A network as somebody writes one at home: grey images of one size, a shared ReLU, a flattening classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 12, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(12)
+        self.conv2 = nn.Conv2d(12, 20, 3, stride=2, padding=1)
+        self.relu = nn.ReLU()
+        self.block = nn.Sequential(nn.Conv2d(20, 20, 3, padding=1), nn.ReLU())
+        self.unused = nn.Conv2d(20, 20, 1)
+        self.fc = nn.Linear(20 * 14 * 14, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.block(self.relu(self.conv2(x)))
+        return self.fc(x.flatten(1))
+
+
+def randomize_norms(model: nn.Module) -> nn.Module:
+    """Give each normalisation the statistics and weights of a trained network rather than 0 and 1."""
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+def with_size(name: str, size: int, **kwargs: object) -> nn.Module:
+    """Return a timm network that states ``size`` as its image size: small images keep these tests fast."""
+    return timm.create_model(name, pretrained_cfg_overlay={"input_size": (3, size, size)}, **kwargs)
+
+
+# network, shape of its input, where, the hosts that are expected
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], object, list[str]]] = {
+    "timm ResNet": (
+        lambda: with_size("resnet18", 64), (1, 3, 64, 64), "stages", ["act1", "layer1", "layer2", "layer3", "layer4"]),
+    "timm ResNet, by name": (lambda: with_size("resnet18", 64), (1, 3, 64, 64), "layer2.0", ["layer2.0"]),
+    "timm ConvNeXt": (
+        lambda: with_size("convnext_atto", 64), (1, 3, 64, 64), "stages", [f"stages.{i}" for i in range(4)]),
+    "timm ConvNeXt, inner maps with channels last": (
+        lambda: with_size("convnext_atto", 64, conv_mlp=False, ls_init_value=1.0), (1, 3, 64, 64),
+        "stages.0.blocks.0.mlp", ["stages.0.blocks.0.mlp"]),
+    "timm EfficientNet": (
+        lambda: with_size("efficientnet_lite0", 64), (1, 3, 64, 64), "stages",
+        ["blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"]),
+    "timm Swin, channels last": (
+        lambda: with_size("swin_tiny_patch4_window7_224", 64, img_size=64, window_size=2), (1, 3, 64, 64), "stages",
+        [f"layers.{i}" for i in range(4)]),
+    "timm RAN": (
+        lambda: timm.create_model("ran_att56_cifar"), (1, 3, 32, 32), "stages",
+        ["stem.conv", "stages.0", "stages.1", "stages.2", "stages.3"]),
+    "timm features_only": (
+        lambda: with_size("convnext_atto", 64, features_only=True), (1, 3, 64, 64), "stages",
+        [f"stages_{i}" for i in range(4)]),
+    "torchvision ResNet": (torchvision.models.resnet18, (1, 3, 64, 64), ["layer3", "layer1"], ["layer1", "layer3"]),
+    "hand-written": (
+        HandWritten, (2, 1, 28, 28), lambda name, module: isinstance(module, nn.Conv2d) and module.stride == (2, 2),
+        ["conv2"]),
+    "hand-written, sequential": (HandWritten, (2, 1, 28, 28), ["bn1", "block"], ["bn1", "block"]),
+}
+
+
+def flat(result: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([y.flatten(1) for y in result], 1) if isinstance(result, list) else result
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_insertion_keeps_the_outputs_and_can_be_undone(case: str) -> None:
+    create, shape, where, expected = NETWORKS[case]
+    model = randomize_norms(create()).eval()
+    x = torch.randn(shape)
+    with torch.no_grad():
+        before = flat(model(x))
+    keys, modules = list(model.state_dict()), dict(model.named_modules())
+
+    hosts = insert_attention(model, where, example_input=x[:1] if isinstance(model, HandWritten) else None)
+    assert hosts == expected
+    assert not any(module.training for module in model.modules())
+    with torch.no_grad():
+        assert (flat(model(x)) - before).abs().max() <= 1e-5
+    new = [name for name, module in model.named_modules() if isinstance(module, InsertedAttention)]
+    assert new == [f"{host}.inserted_attention" for host in hosts]
+    assert [key for key in model.state_dict() if "inserted_attention" not in key] == keys
+    # Each module is really in the path: its gate has an influence on the outputs.
+    flat(model(x)).square().sum().backward()
+    for host in hosts:
+        assert model.get_submodule(host).inserted_attention.gamma.grad.abs().max() > 0, host
+
+    assert remove_attention(model) == hosts
+    assert list(model.state_dict()) == keys
+    assert dict(model.named_modules()) == modules
+    assert not any(module._forward_hooks for module in model.modules())
+    with torch.no_grad():
+        assert torch.equal(flat(model(x)), before)
+
+
+def test_outputs_are_kept_in_training_too() -> None:
+    model = randomize_norms(with_size("resnet18", 64))
+    model.bn1.eval()  # a frozen part stays frozen
+    x = torch.randn(4, 3, 64, 64)
+    twin = copy.deepcopy(model)
+    insert_attention(model, "stages")
+    assert model.training
+    assert not model.bn1.training
+    assert model.layer1.inserted_attention.training
+    assert (model(x) - twin(x)).abs().max() <= 1e-5
+    assert torch.equal(model.layer4[1].bn2.running_mean, twin.layer4[1].bn2.running_mean)
+
+
+def test_every_parameter_learns_from_the_second_step_on() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    insert_attention(model, ["0"], mask_depth=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, target = torch.randn(4, 3, 16, 16), torch.randn(4, 8, 14, 14)
+    inserted = model[0].inserted_attention
+    losses = []
+    for step in range(6):
+        loss = (model(x) - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        assert bool((inserted.gamma.grad != 0).all()), step
+        if step == 1:
+            still = [name for name, p in inserted.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+            assert still == []
+        optimizer.step()
+    assert all(later < earlier for earlier, later in pairwise(losses))
+
+
+def test_a_copy_runs_its_own_modules() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+    insert_attention(model, ["0"])
+    twin, x = copy.deepcopy(model), torch.randn(1, 3, 8, 8)
+    nn.init.ones_(model[0].inserted_attention.gamma)
+    assert not torch.allclose(model(x), twin(x))
+    assert remove_attention(twin) == ["0"]
+    assert not twin[0]._forward_hooks
+    assert len(model[0]._forward_hooks) == 1
+
+
+def test_weights_move_both_ways() -> None:
+    weights = with_size("resnet18", 32).state_dict()
+    model = with_size("resnet18", 32)
+    insert_attention(model, "layer1")
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert unexpected == []
+    assert all(key.startswith("layer1.inserted_attention.") for key in missing)
+    twin = with_size("resnet18", 32)
+    insert_attention(twin, "layer1")
+    twin.load_state_dict(model.state_dict())
+
+
+def test_takes_dtype_image_channels_and_module_arguments() -> None:
+    model = with_size("resnet18", 32, in_chans=5).to(torch.bfloat16)
+    insert_attention(model, "layer1", mask="local", learning="naive", bottle_ratio=0.5)
+    attention = model.layer1.inserted_attention.attention
+    assert {p.dtype for p in attention.parameters()} == {torch.bfloat16}
+    assert attention.pre[0].conv1.out_channels == 32
+    assert not attention.residual
+    assert model(torch.zeros(2, 5, 32, 32, dtype=torch.bfloat16)).shape == (2, 1000)
+
+
+def test_layouts_of_maps_are_told_apart_by_the_image_aspect_ratio() -> None:
+    class ChannelsLast(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.permute(0, 2, 3, 1)
+
+    for size in ((6, 6), (6, 18), (18, 6)):
+        model = nn.Sequential(nn.Conv2d(3, 7, 1), ChannelsLast())
+        insert_attention(model, ["0", "1"], example_input=torch.zeros(1, 3, *size))
+        assert not model[0].inserted_attention.nhwc
+        assert model[1].inserted_attention.nhwc
+        assert model[1].inserted_attention.gamma.shape == (7,)
+        assert model(torch.zeros(2, 3, *size)).shape == (2, *size, 7)
+
+
+@pytest.mark.parametrize(("where", "args", "error", "message"), [
+    ("layer5", {}, ValueError, r"where must name modules of ResNet, which has no 'layer5'; it has e.g. 'layer4'"),
+    (lambda name, module: False, {}, ValueError, "where must find at least one module of ResNet"),
+    ([], {}, ValueError, "where must find at least one module"),
+    (3, {}, TypeError, "where must be a module's name, a list of names, 'stages' or a function .* got 3"),
+    ("fc", {}, ValueError, r"'fc' \(Linear\) must return a feature map .* it returns \(1, 1000\)"),
+    ("layer1", {"channels": 64}, TypeError, "module_args must not hold channels"),
+    ("layer1", {"mask_dept": 2}, TypeError, "mask_dept"),
+    ("layer4", {"mask_depth": 3}, ValueError, "'layer4' does not take its output of shape .* use a smaller mask_depth"),
+    ("layer4", {"trunk": nn.Conv2d(8, 8, 1)}, ValueError, "'layer4' does not take its output of shape"),
+    ("layer4", {"trunk": nn.Conv2d(512, 1, 1)}, ValueError, "must keep the shape|does not take"),
+    (["layer3", "layer4"], {"trunk": nn.Identity()}, ValueError, "trunk is one module and cannot be in 2 places"),
+    ("layer1", {"example_input": torch.zeros(1, 1, 8, 8)}, ValueError,
+     r"ResNet does not run on an input of shape \(1, 1, 8, 8\) .* pass one that it takes as example_input"),
+])
+def test_errors_name_the_cause_and_leave_the_network_alone(
+        where: object, args: dict[str, object], error: type[Exception], message: str) -> None:
+    model = with_size("resnet18", 64)
+    keys = list(model.state_dict())
+    with pytest.raises(error, match=message):
+        insert_attention(model, where, **args)
+    assert list(model.state_dict()) == keys
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_errors_of_unsuitable_hosts() -> None:
+    image = torch.zeros(1, 1, 28, 28)
+    with pytest.raises(ValueError, match=r"'relu' \(ReLU\) must be run once in a forward pass .* it is run 2 times"):
+        insert_attention(HandWritten(), "relu", example_input=image)
+    with pytest.raises(ValueError, match=r"'unused' .* run 0 times"):
+        insert_attention(HandWritten(), "unused", example_input=image)
+    with pytest.raises(ValueError, match="where='stages' needs a timm model with feature_info, which HandWritten has"):
+        insert_attention(HandWritten(), "stages", example_input=image)
+    with pytest.raises(ValueError, match="pass one that it takes as example_input"):
+        insert_attention(HandWritten(), "block")
+    with pytest.raises(ValueError, match=r"'blocks.0' \(Block\) must return a feature map .* returns \(1, 17, 192\)"):
+        insert_attention(with_size("vit_tiny_patch16_224", 64, img_size=64), "stages")
+    with pytest.raises(ValueError, match=r"'features.denseblock1' is a container \(DenseBlock\)"):
+        insert_attention(with_size("densenet121", 64), "features.denseblock1")
+    model = HandWritten()
+    insert_attention(model, "block", example_input=image)
+    with pytest.raises(ValueError, match="'block' has an Attention Module already"):
+        insert_attention(model, "block", example_input=image)
+
+
+def test_any_trunk_convnext_and_inception() -> None:
+    for trunk, channels in ((ConvNeXtBlock(48), 48), (InceptionA(), 384)):
+        module = AttentionModule(channels, trunk=trunk, mask_depth=2)
+        x = torch.randn(2, channels, 9, 13, requires_grad=True)
+        y = module(x)
+        assert y.shape == x.shape
+        pre = module.pre(x)
+        expected = module.post((1 + module.mask(pre)) * trunk(pre))
+        assert torch.allclose(y, expected, atol=1e-5)
+        y.sum().backward()
+        assert all(p.grad is not None for p in module.parameters())
+
+    # The branch alone, beside a trunk that somebody has already.
+    trunk, mask = ConvNeXtBlock(48), SoftMaskBranch(48, mask_depth=3)
+    x = torch.randn(2, 48, 12, 12)
+    assert ((1 + mask(x)) * trunk(x)).shape == x.shape
+
+
+def test_attnext56_has_the_published_parameter_count() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("ran_attnext56")
+    assert sum(p.numel() for p in model.parameters()) == 31_318_824
