@@ -38,7 +38,7 @@ def look(path: str | None, name: str, channels: int) -> tuple[dict[str, float] |
         return None, None
     model, image = trained_model(name), open_image(path)
     _, logits = predict(model, [image])
-    return dict(top_classes(model, logits, 5)[0]), draw_masks(model, [image], channels=channels, title=name)
+    return dict(top_classes(model, logits, 5)[0]), draw_masks(model, [image], channels=channels)
 
 
 @lru_cache(maxsize=4)
@@ -75,7 +75,9 @@ def build_page(names: Sequence[str]) -> Any:
                 model = gr.Dropdown(list(names), value=names[0], label="Model", elem_id="model")
                 channels = gr.Slider(0, 8, value=2, step=1, label="Channels beside the mean", elem_id="channels")
                 classes = gr.Label(label="Prediction", num_top_classes=5, elem_id="prediction")
-        masks = gr.Image(label="Masks", type="pil", format="png", interactive=False, elem_id="masks")
+        masks = gr.Image(
+            label="Masks", show_label=False, type="pil", format="png", interactive=False, elem_id="masks",
+            buttons=["download", "fullscreen"])  # the third one, "share", sends the picture away
         # One event, not three: Gradio runs an event once at a time, and two forwards at once would mix their masks.
         gr.on(
             [image.change, model.change, channels.change], answer, [image, model, channels], [classes, masks],

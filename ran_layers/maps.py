@@ -55,10 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         model, trained = load_model(args.model)
-        model.to(args.device)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         return fail(str(error))
-    title = Path(args.model.removeprefix("local-dir:")).name  # of a folder, not where it is on this machine
+    try:
+        model.to(args.device)
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
+        return fail(f"cannot use device {args.device}: {str(error).splitlines()[0]}")
+    title = Path(args.model.removeprefix("local-dir:")).resolve().name  # of a folder, not where it is on this machine
     if not trained:
         print(f"{args.model} has no trained weights: these masks are those of random ones", file=sys.stderr)
         title += " (random weights)"
@@ -102,7 +105,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="picture to write; its suffix says the format")
     parser.add_argument("--channels", type=at_least(0), default=2, help="channels beside the mean (%(default)s)")
     parser.add_argument("--size", type=at_least(32), default=128, help="pixels of each small picture (%(default)s)")
-    parser.add_argument("--limit", type=at_least(1), default=50, help="images to draw at most (%(default)s)")
+    parser.add_argument("--limit", type=at_least(1), default=20, help="images to draw at most (%(default)s)")
     parser.add_argument("--device", default="cpu", help="torch device (%(default)s)")
     args = parser.parse_args(argv)
     if Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:

@@ -99,7 +99,8 @@ def test_a_person_drops_an_image(run_dir, photo, serve, capsys, tmp_path):
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.set_default_timeout(60_000)
-        errors = []
+        errors, hosts = [], set()
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
 
@@ -126,4 +127,5 @@ def test_a_person_drops_an_image(run_dir, photo, serve, capsys, tmp_path):
         assert str(tmp_path.parent) not in message.inner_text()
         assert "/" not in message.inner_text()
         assert errors == []
+        assert hosts <= {"127.0.0.1", None}  # None: data and blob addresses, which go nowhere
         browser.close()

@@ -456,6 +456,13 @@ def test_wrong_options_are_refused(wrong, capsys):
     assert wrong[-2] in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_there_gets_one_line(photos, run_dir, capsys):
+    assert main([str(photos), "--model", str(run_dir), "--out", str(photos / "m.png"), "--device", "abacus"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot use device abacus: " in error
+    assert error.count("\n") == 1
+
+
 def test_a_picture_that_cannot_be_written_gets_one_line(photos, run_dir, capsys):
     out = Path(photos / "one.png" / "masks.png")  # its folder is a file
     assert main([str(photos), "--model", str(run_dir), "--out", str(out)]) == 2
