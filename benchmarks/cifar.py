@@ -31,13 +31,13 @@ from checkpoint import (
     write_atomic,
 )
 from data import DATASETS, Dataset, load_dataset
-from display import Display, draw_curves, duration, show_plan
+from display import Display, draw_curves, draw_masks_of, duration, show_plan
 from environment import bf16_is_fast, hardware, pick_device, versions
 from errors import RunError
 from evaluate import count_macs, evaluate, export_model, load_exported
 from recipes import CHOICES, RECIPES, Recipe, lr_scale, make_optimizer, make_recipe, resolution_at
 from timm import create_model, is_model
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from timm.utils import ModelEmaV3
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
 
@@ -158,9 +158,8 @@ def train(args: argparse.Namespace) -> None:
     mean = torch.tensor(model.pretrained_cfg["mean"], device=device) * 255
     std = torch.tensor(model.pretrained_cfg["std"], device=device) * 255
     optimizer = make_optimizer(recipe, model)
-    ema = None
-    if recipe.ema_decay:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
+    # The warm-up keeps the random initial weights out of the average.
+    ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
     if args.resume:
         model.load_state_dict(without_prefix("model", tensors))
         load_optimizer_tensors(optimizer, without_prefix("optimizer", tensors))
@@ -242,9 +241,9 @@ def train(args: argparse.Namespace) -> None:
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                if ema is not None:
-                    ema.update_parameters(model)
                 step += 1
+                if ema is not None:
+                    ema.update(model, step=step)
                 sums += torch.stack([loss.detach().float(), (logits.detach().argmax(1) == y).float().mean()])
                 # Reading a figure waits for a GPU, so there the bar goes without figures inside the epoch.
                 if device.type == "cpu":
@@ -302,7 +301,7 @@ def train(args: argparse.Namespace) -> None:
 
 def write_result(args: argparse.Namespace, out: Path, data: Dataset, result: dict[str, Any], device: torch.device,
                  autocast: Any) -> None:
-    """Evaluate the exported model on the test set, write result.json and curves.png, and print the figure."""
+    """Evaluate the exported model on the test set, write result.json and the pictures, and print the figure."""
     model = load_exported(out).to(device, memory_format=torch.channels_last)
     scores = evaluate(model, data.test_images, data.test_labels, device, autocast)
     flipped = evaluate(model, data.test_images, data.test_labels, device, autocast, flip=True)
@@ -310,6 +309,10 @@ def write_result(args: argparse.Namespace, out: Path, data: Dataset, result: dic
     write_atomic(out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     title = f"{args.model} on {args.dataset}: {result['final']['error']:.2f} % test error"
     write_atomic(out / "curves.png", draw_curves(result["epochs"], title))
+    picture = draw_masks_of(
+        model.cpu(), data.test_images[:6], [data.class_names[label] for label in data.test_labels[:6]])
+    if picture is not None:
+        write_atomic(out / "masks.png", picture)
     print_final(result, out)
 
 

@@ -4,9 +4,14 @@ import time
 from io import BytesIO
 from typing import Any
 
+import torch
+import torch.nn as nn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+
+from ran_layers import AttentionModule
+from ran_layers.mask_figure import draw_masks
 
 
 def duration(seconds: float) -> str:
@@ -91,6 +96,17 @@ class Display:
             self.progress.console.print(text, highlight=False)
         else:
             print(text, flush=True)
+
+
+def draw_masks_of(model: nn.Module, images: torch.Tensor, names: list[str]) -> bytes | None:
+    """Return a PNG of the masks over ``images`` ``(rows, height, width, 3)``, None if the network has no masks."""
+    from PIL import Image
+
+    if not any(isinstance(module, AttentionModule) for module in model.modules()):
+        return None
+    buffer = BytesIO()
+    draw_masks(model, [Image.fromarray(image.numpy()) for image in images], names).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def draw_curves(epochs: list[dict[str, Any]], title: str) -> bytes:

@@ -73,6 +73,7 @@ def test_model_kwargs_travel_with_the_weights(tmp_path):
     run("--model", "ran_att56_cifar", "--model-kwargs", 'attention_args={"learning": "naive"}', "--epochs", "1",
         "--limit", "64", "--out", tmp_path / "run")
     assert load_exported(tmp_path / "run").stages[0].blocks[1].residual is False
+    assert (tmp_path / "run" / "masks.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])

@@ -1,0 +1,276 @@
+"""Images per second of networks, beside this machine's own ceilings and beside the way others train them.
+
+    python benchmarks/throughput.py --models ran_att56_cifar --batch-sizes 128 --out benchmarks/results
+
+Cases, all in one process and in turn, so that a machine whose speed drifts is fair to each:
+
+- ``harness``: the network as `cifar.py` trains it (channels last, bfloat16 where the processor has it, compiled on a
+  GPU, data resident and augmented in batches);
+- ``dataloader``: the same network in float32, NCHW, eager, fed by a DataLoader with per-image PIL transforms, as
+  published re-implementations do;
+- timm's ``resnet50`` and ``resnetv2_50`` in the harness's form, for the price of the attention.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import augment
+import torch
+import torch.nn.functional as F
+from checkpoint import write_atomic
+from environment import bf16_is_fast, hardware, pick_device, versions
+from errors import RunError
+from evaluate import count_macs
+from recipes import Recipe, make_optimizer
+from timm import create_model, is_model
+
+import ran_layers  # noqa: F401  (registers the networks with timm)
+
+ROWS = 2048  # images in memory; their content does not matter to the speed
+PRICE_OF_ATTENTION = ("resnet50", "resnetv2_50")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["ran_att56_cifar", "ran_att92_cifar"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[128])
+    parser.add_argument("--size", type=int, default=32, help="side of the images, pixels")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each case")
+    parser.add_argument("--seconds", type=float, default=1.0, help="least duration of one measurement")
+    parser.add_argument("--out", type=Path, help="folder for throughput.json and throughput.png")
+    args = parser.parse_args(argv)
+    try:
+        device = pick_device(args.device)
+        result = measure(args, device)
+        print_table(result)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_atomic(args.out / "throughput.json", (json.dumps(result, indent=1) + "\n").encode())
+            write_atomic(args.out / "throughput.png", draw(result))
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Time every case ``args.rounds`` times in turn; return medians, extremes, and the machine's ceilings."""
+    unknown = [name for name in args.models if not is_model(name)]
+    if unknown:
+        raise RunError(f"--models {unknown[0]} is no timm model")
+    precision = "bf16" if bf16_is_fast(device) else "fp32"
+    cases: list[Case] = []
+    for batch_size in args.batch_sizes:
+        for name in args.models:
+            cases.append(Case("harness", name, batch_size, args.size, device, precision))
+            cases.append(Case("dataloader", name, batch_size, args.size, device, "fp32"))
+        for name in PRICE_OF_ATTENTION:
+            cases.append(Case("harness", name, batch_size, args.size, device, precision))
+
+    for case in cases:
+        case.warm_up()
+    ceilings: dict[str, list[float]] = {"matmul_flops": [], "copy_bytes": []}
+    for _ in range(args.rounds):
+        ceilings["matmul_flops"].append(matmul_flops(device, precision))
+        ceilings["copy_bytes"].append(copy_bytes(device))
+        for case in cases:
+            case.measure(args.seconds)
+    # The best round: a ceiling is what the machine can do.
+    matmul, copy = max(ceilings["matmul_flops"]), max(ceilings["copy_bytes"])
+    return dict(
+        command="python benchmarks/throughput.py " + " ".join(sys.argv[1:]),
+        hardware=hardware(device), versions=versions(), precision=precision,
+        ceilings={"matmul_flops_per_s": matmul, "copy_bytes_per_s": copy},
+        cases=[case.summary(matmul) for case in cases],
+    )
+
+
+class Case:
+    """One network in one form at one batch size."""
+
+    def __init__(self, form: str, name: str, batch_size: int, size: int, device: torch.device, precision: str) -> None:
+        self.form, self.name, self.batch_size, self.device = form, name, batch_size, device
+        torch.manual_seed(0)
+        model = create_model(name, num_classes=10)
+        model.pretrained_cfg["input_size"] = (3, size, size)
+        self.macs = count_macs(model)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.images = torch.randint(256, (ROWS, size, size, 3), dtype=torch.uint8)
+        self.labels = torch.randint(10, (ROWS,))
+        if form == "harness":
+            model = model.to(device, memory_format=torch.channels_last)
+            self.batches = self._resident_batches()
+            self.forward: Callable[..., torch.Tensor] = torch.compile(model) if device.type == "cuda" else model
+        else:
+            model = model.to(device)
+            self.batches = self._loaded_batches()
+            self.forward = model
+        self.model = model
+        self.optimizer = make_optimizer(Recipe(), model)
+        self.speeds: dict[str, list[float]] = {"forward": [], "train": []}
+        self.compile_seconds = 0.0
+        self.peak_bytes = 0
+
+    def _resident_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        images, labels = self.images.to(self.device), self.labels.to(self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        mean = torch.full((3,), 120.0, device=self.device)
+        while True:
+            rows = torch.randint(ROWS, (self.batch_size,), generator=generator, device=self.device)
+            flip = torch.rand(self.batch_size, generator=generator, device=self.device) < 0.5
+            x = augment.crop_flip(images[rows], flip, 4, "reflect", generator)
+            yield augment.normalize(x, mean, mean / 2), labels[rows]
+
+    def _loaded_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        from PIL import Image
+        from torch.utils.data import DataLoader, Dataset
+        from torchvision import transforms
+
+        transform = transforms.Compose([
+            transforms.RandomCrop(self.images.shape[1], padding=4), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)])
+        arrays, labels = self.images.numpy(), self.labels
+
+        class Images(Dataset):
+            def __len__(self) -> int:
+                return 64 * ROWS
+
+            def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+                return transform(Image.fromarray(arrays[i % ROWS])), labels[i % ROWS]
+
+        while True:
+            for x, y in DataLoader(Images(), self.batch_size, shuffle=True, num_workers=2, drop_last=True):
+                yield x.to(self.device), y.to(self.device)
+
+    def train_step(self) -> None:
+        x, y = next(self.batches)
+        with self.autocast:
+            loss = F.cross_entropy(self.forward(x), y)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def forward_step(self) -> None:
+        x, _ = next(self.batches)
+        with self.autocast:
+            self.forward(x)
+
+    def warm_up(self) -> None:
+        """Compile and fill caches; the first step's time is reported as compilation."""
+        started = time.perf_counter()
+        self.model.train()
+        for _ in range(3):
+            self.train_step()
+        self.model.eval()
+        self.forward_step()
+        synchronize(self.device)
+        self.compile_seconds = time.perf_counter() - started
+
+    def measure(self, seconds: float) -> None:
+        """Add one measurement of each kind."""
+        for kind, step, training in (("train", self.train_step, True), ("forward", self.forward_step, False)):
+            self.model.train(training)
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            synchronize(self.device)
+            started, steps = time.perf_counter(), 0
+            while time.perf_counter() - started < seconds:
+                step()
+                steps += 1
+                synchronize(self.device)
+            self.speeds[kind].append(steps * self.batch_size / (time.perf_counter() - started))
+            if self.device.type == "cuda":
+                self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
+
+    def summary(self, matmul_ceiling: float) -> dict[str, Any]:
+        row: dict[str, Any] = dict(
+            form=self.form, model=self.name, batch_size=self.batch_size, macs=self.macs,
+            first_steps_seconds=self.compile_seconds, peak_bytes=self.peak_bytes or None)
+        for kind, speeds in self.speeds.items():
+            median = statistics.median(speeds)
+            # Multiply and add; the backward pass costs two forwards.
+            flops = median * 2 * self.macs * (3 if kind == "train" else 1)
+            row[kind] = dict(images_per_s=median, lowest=min(speeds), highest=max(speeds), flops_per_s=flops,
+                             fraction_of_matmul=flops / matmul_ceiling)
+        return row
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, where it works asynchronously."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of a large matrix product."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    seconds = _best_of_three(lambda: a @ a, device)
+    return 2 * side ** 3 / seconds
+
+
+def copy_bytes(device: torch.device) -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.zeros(2 ** 28 if device.type == "cuda" else 2 ** 26, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    seconds = _best_of_three(lambda: target.copy_(source), device)
+    return 2 * source.numel() * 4 / seconds
+
+
+def _best_of_three(function: Callable[[], Any], device: torch.device) -> float:
+    times = []
+    for _ in range(3):
+        synchronize(device)
+        started = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print a line a case: medians, and in brackets the lowest and highest round."""
+    ceilings = result["ceilings"]
+    print(f"{result['hardware']['name']}, {result['precision']}: matrix product "
+          f"{ceilings['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s")
+    print(f"{'case':<36}{'batch':>6}{'forward, images/s':>24}{'train, images/s':>24}{'of ceiling':>12}")
+    for row in result["cases"]:
+        speeds = [f"{row[k]['images_per_s']:.0f} ({row[k]['lowest']:.0f}-{row[k]['highest']:.0f})"
+                  for k in ("forward", "train")]
+        print(f"{row['model'] + ', ' + row['form']:<36}{row['batch_size']:>6}{speeds[0]:>24}{speeds[1]:>24}"
+              f"{100 * row['train']['fraction_of_matmul']:>10.1f} %")
+
+
+def draw(result: dict[str, Any]) -> bytes:
+    """Return a PNG with a bar a case: images/s of training, with the lowest and highest round."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["cases"][::-1]
+    medians = [row["train"]["images_per_s"] for row in rows]
+    spread = [[m - row["train"]["lowest"] for m, row in zip(medians, rows)],
+              [row["train"]["highest"] - m for m, row in zip(medians, rows)]]
+    colors = ["tab:blue" if row["form"] == "harness" else "tab:gray" for row in rows]
+    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.45 * len(rows)), layout="constrained")
+    axes.barh([f"{row['model']}, {row['form']}, batch {row['batch_size']}" for row in rows], medians, xerr=spread,
+              color=colors, capsize=3)
+    axes.set(xlabel="training, images/s", title=f"{result['hardware']['name']}, {result['precision']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    main()
