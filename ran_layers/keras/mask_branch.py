@@ -129,7 +129,7 @@ class SoftMaskBranch(ImageLayer):
 
     Example:
         >>> mask = SoftMaskBranch(mask_depth=3)(keras.random.normal((2, 17, 30, 64)))
-        >>> tuple(mask.shape), bool(keras.ops.all((mask > 0) & (mask < 1)))
+        >>> tuple(mask.shape), bool(keras.ops.all((mask >= 0) & (mask <= 1)))
         ((2, 17, 30, 64), True)
     """
 

@@ -154,16 +154,16 @@ def test_fit_digits():
     x, y = load_small_digits()
     model = keras.Sequential([
         keras.Input((8, 8, 1)),
-        keras.layers.Conv2D(16, 3, padding="same"),
+        keras.layers.Conv2D(8, 3, padding="same"),
         rk.AttentionModule(mask_depth=2),
-        rk.ResidualUnitDown(32),
-        keras.layers.GlobalAveragePooling2D(),
+        rk.ResidualUnitDown(16),
+        keras.layers.Flatten(),
         keras.layers.Dense(10),
     ])
     model.compile(
-        keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
-    model.fit(x[:1344], y[:1344], batch_size=64, epochs=4, verbose=0)
+        keras.optimizers.Adam(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"])
+    model.fit(x[:1344], y[:1344], batch_size=64, epochs=2, verbose=0)
     _, accuracy = model.evaluate(x[1344:], y[1344:], batch_size=151, verbose=0)
     assert accuracy > 0.8
 
@@ -173,12 +173,9 @@ def test_fit_network_on_digits():
     x, y = load_small_digits()
     x = x.repeat(2, axis=1).repeat(2, axis=2)
     model = rk.RANAttention56Cifar(weights=None, input_shape=(16, 16, 1))
-    model.compile(
-        keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
-    model.fit(x[:512], y[:512], batch_size=32, epochs=2, verbose=0)
-    _, accuracy = model.evaluate(x[1344:], y[1344:], verbose=0)
-    assert accuracy > 0.5
+    model.compile(keras.optimizers.Adam(0.002), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = model.fit(x[:128], y[:128], batch_size=64, epochs=5, verbose=0).history["loss"]
+    assert loss[-1] < 0.5 * loss[0]
 
 
 @any_backend
