@@ -65,7 +65,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], object, list
         lambda: with_size("efficientnet_lite0", 64), (1, 3, 64, 64), "stages",
         ["blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"]),
     "timm Swin, channels last": (
-        lambda: with_size("swin_tiny_patch4_window7_224", 64, img_size=64, window_size=2), (1, 3, 64, 64), "stages",
+        lambda: with_size(
+            "swin_tiny_patch4_window7_224", 64, img_size=64, window_size=2, depths=(1, 1, 1, 1), embed_dim=48),
+        (1, 3, 64, 64), "stages",
         [f"layers.{i}" for i in range(4)]),
     "timm RAN": (
         lambda: timm.create_model("ran_att56_cifar"), (1, 3, 32, 32), "stages",
@@ -205,7 +207,7 @@ def test_layouts_of_maps_are_told_apart_by_the_image_aspect_ratio() -> None:
     ("layer1", {"mask_dept": 2}, TypeError, "mask_dept"),
     ("layer4", {"mask_depth": 3}, ValueError, "'layer4' does not take its output of shape .* use a smaller mask_depth"),
     ("layer4", {"trunk": nn.Conv2d(8, 8, 1)}, ValueError, "'layer4' does not take its output of shape"),
-    ("layer4", {"trunk": nn.Conv2d(512, 1, 1)}, ValueError, "must keep the shape|does not take"),
+    ("layer4", {"trunk": nn.Conv2d(512, 512, 1, stride=2)}, ValueError, "'layer4' does not take its output of shape"),
     (["layer3", "layer4"], {"trunk": nn.Identity()}, ValueError, "trunk is one module and cannot be in 2 places"),
     ("layer1", {"example_input": torch.zeros(1, 1, 8, 8)}, ValueError,
      r"ResNet does not run on an input of shape \(1, 1, 8, 8\) .* pass one that it takes as example_input"),
