@@ -17,7 +17,7 @@ MASK_ACTIVATIONS = ("mixed", "channel", "spatial")
 
 
 class MaskActivation(nn.Module):
-    """The last step of a mask branch, in the three forms of the paper (section 3.2, equations 4 to 6).
+    """The last step of a mask branch, in the three forms of the paper (section 3.3, equations 4 to 6).
 
     - ``mixed``: the sigmoid of each value, no constraint. The networks use this one.
     - ``channel``: each position's channels divided by their L2 norm.
@@ -108,7 +108,7 @@ def upsample_to(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 class SoftMaskBranch(nn.Module, HubMixin):
-    """Bottom-up top-down mask branch (Wang et al. 2017, section 3.1 and Figure 2).
+    """Bottom-up top-down mask branch (Wang et al. 2017, section 3.2 and Figure 2).
 
     Down: ``mask_depth`` times a 3x3 max-pooling of stride 2 and ``r`` units. Bottom: ``r`` more units. Up: bilinear
     upsampling to the size of each map passed on the way down, plus a skip connection of one unit, and ``r`` units;
@@ -192,7 +192,7 @@ class SoftMaskBranch(nn.Module, HubMixin):
 class LocalMaskBranch(nn.Sequential):
     """Mask branch without down and up steps: units at the trunk's resolution, then the :class:`MaskHead`.
 
-    The report's Local Mask Branch, the paper's "local convolutions" (section 4.1, Table 5).
+    The report's Local Mask Branch, the paper's "local convolutions" (section 4.1, Table 4).
 
     Shapes:
         input and output ``(batch, channels, height, width)``.
