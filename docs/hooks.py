@@ -1,0 +1,111 @@
+"""What MkDocs does to the pages: formulas become MathML, and tables of figures come from the code and the results.
+
+A page says ``<!-- model-zoo -->`` (a key of ``TABLES``) where a table goes. No figure is typed by hand, and nothing is
+fetched when a page is looked at.
+"""
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from functools import cache
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from latex2mathml.converter import convert
+
+from ran_layers.published import PUBLISHED
+
+REPOSITORY = Path(__file__).parents[1]
+WEIGHTS = REPOSITORY / "ran_layers" / "weights"
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+from evaluate import count_macs  # noqa: E402
+from recipes import RECIPES  # noqa: E402
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return re.sub(r"<!-- (\S+) -->", lambda match: TABLES[match[1]](), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Turn what arithmatex marked as a formula into MathML, which browsers draw without a script."""
+    def mathml(match: re.Match[str]) -> str:
+        display = "block" if match["tag"] == "div" else "inline"
+        return convert(unescape(match["latex"]), display=display)
+
+    formula = r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>'
+    return re.sub(formula, mathml, html, flags=re.DOTALL)
+
+
+def table(head: Sequence[str], align: str, rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; ``align`` has an ``l`` or ``r`` for each column."""
+    rule = ["--:" if side == "r" else "---" for side in align]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+
+
+@cache
+def model_zoo() -> str:
+    """All registered networks, measured on PyTorch's meta device, where nothing is computed."""
+    rows = []
+    for name in timm.list_models(["ran_*", "plain_cnn8_*"]):
+        with torch.device("meta"):
+            model: Any = timm.create_model(name)
+            macs = count_macs(model)
+        _, height, width = model.pretrained_cfg["input_size"]
+        rows.append((
+            f"`{name}`",
+            f"{sum(p.numel() for p in model.parameters()):,}",
+            f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.1f} M",
+            f"{height}x{width}",
+            ", ".join(f"{level['num_chs']}/{level['reduction']}" for level in model.feature_info),
+        ))
+    return table(("name", "parameters", "MACs", "input", "feature maps"), "lrrrl", rows)
+
+
+def shipped_weights() -> str:
+    """The weights inside the package, from the records of their training."""
+    results = {file.stem: json.loads(file.read_text()) for file in sorted(WEIGHTS.glob("*.json"))}
+    if not results:
+        return "*This version of the package ships no weights.*"
+    rows = [(
+        f"`{name}`",
+        f"{result['final']['error']:.2f} %",
+        f"{result['params']:,}",
+        str(len(result["epochs"])),
+        f"{result['hardware']['name']}, {result['settings']['precision']}, {result['seconds'] / 3600:.1f} h",
+    ) for name, result in results.items()]
+    commands = "\n\n".join(f"# {name}\n{result['command']}" for name, result in results.items())
+    return (table(("weights", "test error", "parameters", "epochs", "trained on"), "lrrrl", rows)
+            + f"\n\nMade by\n\n```text\n{commands}\n```")
+
+
+def published() -> str:
+    """The figures of the report, the paper and other implementations."""
+    rows = [(row.source, row.network, row.dataset, row.variant, f"{row.error:.2f}") for row in PUBLISHED]
+    return table(("source", "network", "data set", "variant", "error, %"), "llllr", rows)
+
+
+def recipes() -> str:
+    """The hyper-parameters of the training script's recipes."""
+    columns = [asdict(recipe) for recipe in RECIPES.values()]
+    rows = [
+        (f"`--{name.replace('_', '-')}`", *(_show(column[name]) for column in columns))
+        for name in columns[0] if any(column[name] for column in columns)
+    ]
+    return table(("flag", *(f"`{name}`" for name in RECIPES)), "l" + "r" * len(RECIPES), rows)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(f"{item:g}" for item in value) or "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+TABLES = {"model-zoo": model_zoo, "published": published, "recipes": recipes, "shipped-weights": shipped_weights}
