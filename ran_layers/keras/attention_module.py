@@ -31,9 +31,9 @@ class AttentionModule(ImageLayer):
         mask_depth: Poolings of the soft mask branch. The paper's networks have 3, 2, 1 in stages 1, 2, 3; the default
             of 1 suits any map of at least 2x2.
         skips: Skip connections of the soft mask branch; ``mask_depth - 1`` if None.
-        mask: ``'soft'`` (bottom-up top-down) or ``'local'`` (units at one resolution, Table 5).
-        learning: ``'residual'`` for ``(1 + M) * T`` or ``'naive'`` for ``M * T`` (Table 4).
-        mask_act: ``'mixed'``, ``'channel'`` or ``'spatial'`` (section 3.2, Table 1).
+        mask: ``'soft'`` (bottom-up top-down) or ``'local'`` (units at one resolution, Table 4).
+        learning: ``'residual'`` for ``(1 + M) * T`` or ``'naive'`` for ``M * T`` (Table 3).
+        mask_act: ``'mixed'``, ``'channel'`` or ``'spatial'`` (section 3.3, Table 1).
         bottle_ratio: Inner channels over channels in each unit, in (0, 1].
         data_format: ``'channels_last'`` or ``'channels_first'``; that of ``keras.config`` if None.
         **kwargs: ``name``, ``dtype`` and ``trainable``, as in any Keras layer.

@@ -14,7 +14,7 @@ from .residual_unit import ResidualUnit, residual_units
 
 
 class MaskHead(ImageLayer):
-    """BN, ReLU, 1x1 convolution, twice, then the mask's activation (section 3.2, equations 4 to 6)."""
+    """BN, ReLU, 1x1 convolution, twice, then the mask's activation (section 3.3, equations 4 to 6)."""
 
     def __init__(self, mask_act: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -105,7 +105,7 @@ def upsample_to(x: Any, target: Any, data_format: str) -> Any:
 
 @keras.saving.register_keras_serializable("ran_layers")
 class SoftMaskBranch(ImageLayer):
-    """Bottom-up top-down mask branch (Wang et al. 2017, section 3.1, Figure 2), as :class:`ran_layers.SoftMaskBranch`.
+    """Bottom-up top-down mask branch (Wang et al. 2017, section 3.2, Figure 2), as :class:`ran_layers.SoftMaskBranch`.
 
     Down: ``mask_depth`` times a 3x3 max-pooling of stride 2 and ``r`` units. Bottom: ``r`` more units. Up: bilinear
     upsampling to the size of each map passed on the way down, plus a skip connection of one unit, and ``r`` units;
@@ -118,7 +118,7 @@ class SoftMaskBranch(ImageLayer):
         mask_depth: Number of poolings ``d`` (the paper's networks: 3, 2, 1 in stages 1, 2, 3).
         r: Units at each step between poolings.
         skips: Skip connections, from the highest resolution down; 0 to ``mask_depth - 1``, all of them if None.
-        mask_act: ``'mixed'``, ``'channel'`` or ``'spatial'`` (section 3.2, Table 1).
+        mask_act: ``'mixed'``, ``'channel'`` or ``'spatial'`` (section 3.3, Table 1).
         bottle_ratio: Inner channels over channels in each unit, in (0, 1].
         data_format: ``'channels_last'`` or ``'channels_first'``; that of ``keras.config`` if None.
         **kwargs: ``name``, ``dtype`` and ``trainable``, as in any Keras layer.
@@ -212,7 +212,7 @@ class SoftMaskBranch(ImageLayer):
 class LocalMaskBranch(ImageLayer):
     """Mask branch without down and up steps: units at the trunk's resolution, then the head of the soft mask branch.
 
-    The report's Local Mask Branch, the paper's "local convolutions" (section 4.1, Table 5), as
+    The report's Local Mask Branch, the paper's "local convolutions" (section 4.1, Table 4), as
     :class:`ran_layers.LocalMaskBranch`.
 
     Shapes:
