@@ -105,7 +105,7 @@ def preprocess_input(x: Any, dataset: str = "cifar10", data_format: str | None =
 
     Example:
         >>> float(preprocess_input(np.full((1, 1, 3), 255, "uint8")).max().round(2))
-        2.14
+        2.13
     """
     mean, std = np.array(CIFAR_STATS[check_choice("dataset", dataset, tuple(CIFAR_STATS))], "float32")
     if resolve_data_format(data_format) == "channels_first":
