@@ -1,0 +1,309 @@
+"""The layers against an independent computation, their edge cases and their errors."""
+import copy
+import functools
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from formula import Formula, max_pool, upsample
+from safetensors.torch import load, save
+from torch.testing import assert_close
+
+from ran_layers import AttentionModule, LocalMaskBranch, ResidualUnit, ResidualUnitDown, ResNeXtUnit, SoftMaskBranch
+
+exact = functools.partial(assert_close, rtol=1e-6, atol=1e-6)
+
+
+def with_weights(layer, training=False):
+    """The layer in float64 with every weight and running statistic set, in evaluation mode unless ``training``."""
+    layer.double().train(training)
+    generator = torch.Generator().manual_seed(1)
+    state = {}
+    for name, tensor in layer.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            state[name] = tensor
+        elif name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
+            state[name] = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        else:
+            state[name] = 0.5 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    layer.load_state_dict(state)
+    return layer
+
+
+def image(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 5), (8, 8)])
+def test_the_formula_pools_and_interpolates_as_torch(size):
+    x = image(2, 3, *size)
+    exact(max_pool(x), F.max_pool2d(x, 3, 2, 1))
+    for target in [size, (7, 9), (16, 2 * size[1])]:
+        like = torch.empty(1, 1, *target)
+        exact(upsample(x, like), F.interpolate(x, size=target, mode="bilinear", align_corners=False))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("layer", "formula"), [
+    (lambda: ResidualUnit(8), {}),
+    (lambda: ResidualUnit(6, 8, bottle_ratio=0.5), {}),
+    (lambda: ResidualUnit(8, groups=2, bottle_ratio=0.5), {"groups": 2}),
+    (lambda: ResidualUnit(8, stride=3), {"stride": 3}),
+    (lambda: ResidualUnitDown(6, 8), {"stride": 2}),
+    (lambda: ResNeXtUnit(8, groups=2), {"groups": 2, "resnext": True}),
+    (lambda: ResNeXtUnit(6, 8, 2, groups=4), {"groups": 4, "stride": 2, "resnext": True}),
+])
+def test_units_equal_the_formula(layer, formula, training):
+    layer = with_weights(layer(), training)
+    x = image(2, layer.conv1.in_channels, 7, 6)
+    exact(layer(x), Formula(copy.deepcopy(layer.state_dict()), training, **formula).unit("", x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("args", "size"), [
+    ({}, (2, 2)),
+    ({"mask_depth": 2}, (3, 8)),
+    ({"mask_depth": 3}, (13, 9)),
+    ({"mask_depth": 3, "skips": 0}, (13, 9)),
+    ({"mask_depth": 3, "skips": 1}, (13, 9)),
+    ({"mask_depth": 2, "r": 2}, (6, 7)),
+    ({"mask_act": "channel"}, (5, 4)),
+    ({"mask_act": "spatial"}, (5, 4)),
+])
+def test_soft_mask_branch_equals_the_formula(args, size, training):
+    branch = with_weights(SoftMaskBranch(8, **args), training)
+    x = image(2, 8, *size)
+    exact(branch(x), Formula(branch.state_dict(), training).soft_mask("", x, **args))
+
+
+@pytest.mark.parametrize("args", [{}, {"units": 1}, {"mask_act": "channel"}, {"mask_act": "spatial"}])
+def test_local_mask_branch_equals_the_formula(args):
+    branch = with_weights(LocalMaskBranch(8, **args))
+    x = image(2, 8, 5, 6)
+    exact(branch(x), Formula(branch.state_dict()).local_mask("", x, **args))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("args", [
+    {},
+    {"mask_depth": 3},
+    {"p": 2, "t": 4, "r": 3, "mask_depth": 2},
+    {"p": 0, "t": 1},
+    {"t": 0},
+    {"mask_depth": 3, "skips": 1},
+    {"learning": "naive"},
+    {"mask": "local"},
+    {"mask": "local", "learning": "naive", "mask_act": "spatial"},
+    {"mask_act": "channel"},
+    {"mask_act": "spatial", "mask_depth": 2},
+], ids=str)
+def test_attention_module_equals_the_formula(args, training):
+    module = with_weights(AttentionModule(8, **args), training)
+    x = image(2, 8, 9, 6)
+    exact(module(x), Formula(module.state_dict(), training).module(x, **args))
+
+
+def test_attention_module_of_resnext_units_equals_the_formula():
+    unit = functools.partial(ResNeXtUnit, groups=2)
+    module = with_weights(AttentionModule(8, unit_layer=unit, mask_depth=2))
+    x = image(2, 8, 5, 6)
+    exact(module(x), Formula(module.state_dict(), groups=2, resnext=True).module(x, mask_depth=2))
+
+
+@pytest.mark.parametrize(("mask", "learning", "factor"), [
+    (0, "residual", 1), (1, "residual", 2), (0, "naive", 0), (1, "naive", 1)])
+def test_a_mask_of_zero_or_one(mask, learning, factor):
+    module = with_weights(AttentionModule(8, learning=learning))
+    # The last convolution sees ones everywhere and sums them to -1000 or 1000, where the sigmoid is 0 or 1.
+    nn.init.zeros_(module.mask.head.norm2.weight)
+    nn.init.ones_(module.mask.head.norm2.bias)
+    nn.init.constant_(module.mask.head.conv2.weight, 125 if mask else -125)
+    x = image(2, 8, 5, 6)
+    trunk = module.trunk(module.pre(x))
+    assert trunk.abs().max() > 0.1
+    exact(module.mask(x), torch.full_like(x, mask))
+    exact(module(x), module.post(factor * trunk))
+
+
+def test_a_trunk_of_ones_own():
+    trunk = nn.Conv2d(8, 8, 3, padding=1)
+    module = AttentionModule(8, trunk=trunk, p=0).eval()
+    x = torch.randn(1, 8, 5, 5)
+    assert_close(module(x), (1 + module.mask(x)) * trunk(x))
+
+
+@pytest.mark.parametrize("args", [{}, {"mask_act": "channel"}, {"mask_act": "spatial", "learning": "naive"}], ids=str)
+def test_gradcheck(args):
+    module = with_weights(AttentionModule(2, t=1, bottle_ratio=0.5, **args))
+    names = [name for name, _ in module.named_parameters()]
+
+    def forward(x, *parameters):
+        return torch.func.functional_call(module, dict(zip(names, parameters)), (x,))
+
+    x = image(1, 2, 3, 2).requires_grad_()
+    assert torch.autograd.gradcheck(forward, (x, *module.parameters()), fast_mode=bool(args))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_every_size_down_to_one_pixel_at_the_bottom(depth):
+    module = AttentionModule(4, mask_depth=depth).eval()
+    bottoms = []
+    module.mask.bottom.register_forward_hook(lambda _module, _args, y: bottoms.append(tuple(y.shape[-2:])))
+    least = 2 ** (depth - 1) + 1
+    for size in [(least, least), (least, 31), (30, least + 1), (17, 23), (32, 16)]:
+        assert module(torch.randn(1, 4, *size)).shape == (1, 4, *size)
+        assert bottoms[-1] == tuple(-(-n // 2 ** depth) for n in size)
+    assert bottoms[0] == (1, 1)
+
+
+@pytest.mark.parametrize(("depth", "size"), [(1, (1, 8)), (1, (1, 1)), (2, (8, 2)), (3, (4, 4)), (4, (8, 64))])
+def test_a_map_too_small_for_the_mask_depth(depth, size):
+    module = AttentionModule(4, mask_depth=depth).eval()
+    with pytest.raises(ValueError, match=rf"mask_depth={depth} .* got {size[0]}x{size[1]}"):
+        module(torch.randn(1, 4, *size))
+    assert AttentionModule(4, mask="local").eval()(torch.randn(1, 4, *size)).shape == (1, 4, *size)
+
+
+@pytest.mark.parametrize(("layer", "args", "error", "message"), [
+    (AttentionModule, {"channels": 0}, ValueError, "channels must be at least 1, got 0"),
+    (AttentionModule, {"channels": "8"}, TypeError, "channels must be an int of at least 1, got '8' (str)"),
+    (AttentionModule, {"channels": 8.0}, TypeError, "channels must be an int of at least 1, got 8.0 (float)"),
+    (AttentionModule, {"channels": True}, TypeError, "channels must be an int of at least 1, got True (bool)"),
+    (AttentionModule, {"channels": None}, TypeError, "channels must be an int of at least 1, got None (NoneType)"),
+    (AttentionModule, {"p": -1}, ValueError, "p must be at least 0, got -1"),
+    (AttentionModule, {"t": 1.5}, TypeError, "t must be an int of at least 0, got 1.5 (float)"),
+    (AttentionModule, {"r": 0}, ValueError, "r must be at least 1, got 0"),
+    (AttentionModule, {"r": 0, "mask": "local"}, ValueError, "r must be at least 1, got 0"),
+    (AttentionModule, {"mask_depth": 0}, ValueError, "mask_depth must be at least 1, got 0"),
+    (AttentionModule, {"mask_depth": [3]}, TypeError, "mask_depth must be an int of at least 1, got [3] (list)"),
+    (AttentionModule, {"skips": -1}, ValueError, "skips must be at least 0, got -1"),
+    (AttentionModule, {"skips": 2, "mask_depth": 2}, ValueError, "skips must be at most mask_depth - 1 = 1, got 2"),
+    (AttentionModule, {"mask": "hard"}, ValueError, "mask must be one of 'soft', 'local', got 'hard'"),
+    (AttentionModule, {"mask": 1}, TypeError, "mask must be one of 'soft', 'local', got 1 (int)"),
+    (AttentionModule, {"learning": "x"}, ValueError, "learning must be one of 'residual', 'naive', got 'x'"),
+    (AttentionModule, {"mask_act": "relu"}, ValueError,
+     "mask_act must be one of 'mixed', 'channel', 'spatial', got 'relu'"),
+    (AttentionModule, {"mask_act": None, "mask": "local"}, TypeError,
+     "mask_act must be one of 'mixed', 'channel', 'spatial', got None (NoneType)"),
+    (AttentionModule, {"bottle_ratio": 0}, ValueError, "bottle_ratio must be in (0, 1], got 0"),
+    (AttentionModule, {"bottle_ratio": 2}, ValueError, "bottle_ratio must be in (0, 1], got 2"),
+    (AttentionModule, {"bottle_ratio": "4"}, TypeError, "bottle_ratio must be a number in (0, 1], got '4' (str)"),
+    (AttentionModule, {"drop_path": 1.0}, ValueError, "drop_path must be in [0, 1), got 1.0"),
+    (AttentionModule, {"drop_path": float("nan")}, ValueError, "drop_path must be in [0, 1), got nan"),
+    (AttentionModule, {"act_layer": "nope"}, ValueError, "act_layer='nope'"),
+    (AttentionModule, {"act_layer": None}, TypeError, "act_layer must be a layer's timm name or class, got None"),
+    (AttentionModule, {"act_layer": nn.Linear}, ValueError, "act_layer=<class 'torch.nn.modules.linear.Linear'>"),
+    (AttentionModule, {"norm_layer": "nope"}, ValueError, "norm_layer='nope'"),
+    (AttentionModule, {"norm_layer": 5}, TypeError, "norm_layer must be a layer's timm name or class, got 5 (int)"),
+    (AttentionModule, {"norm_layer": nn.Linear}, ValueError, "norm_layer=<class 'torch.nn.modules.linear.Linear'>"),
+    (AttentionModule, {"unit_layer": 5}, TypeError, "unit_layer must be a layer class, got 5 (int)"),
+    (AttentionModule, {"trunk": "conv"}, TypeError, "trunk must be an nn.Module or None, got 'conv' (str)"),
+    (SoftMaskBranch, {"channels": -8}, ValueError, "channels must be at least 1, got -8"),
+    (SoftMaskBranch, {"mask_depth": "3"}, TypeError, "mask_depth must be an int of at least 1, got '3' (str)"),
+    (SoftMaskBranch, {"r": None}, TypeError, "r must be an int of at least 1, got None (NoneType)"),
+    (SoftMaskBranch, {"skips": 1}, ValueError, "skips must be at most mask_depth - 1 = 0, got 1"),
+    (SoftMaskBranch, {"unit_layer": "x"}, TypeError, "unit_layer must be a layer class, got 'x' (str)"),
+    (LocalMaskBranch, {"units": -1}, ValueError, "units must be at least 0, got -1"),
+    (LocalMaskBranch, {"unit_layer": None}, TypeError, "unit_layer must be a layer class, got None (NoneType)"),
+    (ResidualUnit, {"in_channels": 0}, ValueError, "in_channels must be at least 1, got 0"),
+    (ResidualUnit, {"out_channels": "8"}, TypeError, "out_channels must be an int of at least 1, got '8' (str)"),
+    (ResidualUnit, {"stride": 0}, ValueError, "stride must be at least 1, got 0"),
+    (ResidualUnit, {"groups": 3}, ValueError,
+     "groups must divide the inner channels (out_channels * bottle_ratio = 2), got 3"),
+    (ResidualUnitDown, {"stride": 1}, TypeError, "ResidualUnitDown has stride 2, got stride=1"),
+    (ResNeXtUnit, {"drop_path": -0.1, "groups": 1}, ValueError, "drop_path must be in [0, 1), got -0.1"),
+])
+def test_wrong_arguments(layer, args, error, message):
+    first = "channels" if layer in (AttentionModule, SoftMaskBranch, LocalMaskBranch) else "in_channels"
+    with pytest.raises(error) as raised:
+        layer(**{first: 8, **args})
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("args", [
+    {"act_layer": "silu"}, {"act_layer": nn.GELU}, {"norm_layer": "groupnorm1"}, {"norm_layer": "layernorm2d"},
+    {"norm_layer": functools.partial(nn.BatchNorm2d, eps=1e-3)}, {"bottle_ratio": 1}, {"drop_path": 0.5},
+], ids=str)
+def test_act_norm_and_unit_arguments(args):
+    module = AttentionModule(8, mask_depth=2, **args)
+    x = torch.randn(2, 8, 6, 7, requires_grad=True)
+    module(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
+    norm, act = module.mask.down[0][1].norm2, args.get("act_layer", nn.ReLU)
+    assert norm.eps == (1e-3 if isinstance(args.get("norm_layer"), functools.partial) else 1e-5) or "norm_layer" in args
+    assert type(norm.act).__name__.lower() == (act if isinstance(act, str) else act.__name__).lower()
+
+
+def test_stochastic_depth_only_in_training():
+    unit = ResidualUnit(4, drop_path=0.5).double()
+    x = image(64, 4, 3, 3)
+    kept = (unit(x) - x).flatten(1).any(1)
+    assert 10 < kept.sum() < 54  # of 64; outside with a probability below 1e-7
+    unit.eval()
+    exact(unit(x), Formula(unit.state_dict()).unit("", x))
+
+
+def test_drop_in_for_timm():
+    model = timm.create_model("resnet26", block_args=dict(attn_layer=AttentionModule), num_classes=3)
+    blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage]
+    assert [type(block.se) for block in blocks] == [AttentionModule] * 8
+    loss = F.cross_entropy(model(torch.randn(2, 3, 64, 64)), torch.tensor([0, 2]))
+    loss.backward()
+    # timm starts the norm before the module at zero: the first step moves it, through the module.
+    assert all(block.bn3.weight.grad.any() for block in blocks)
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    assert all(block.bn3.weight.any() and block.bn3.weight.isfinite().all() for block in blocks)
+
+
+def test_inside_a_sequential():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), AttentionModule(8), ResidualUnitDown(8, 16), AttentionModule(16, p=0))
+    assert model(torch.randn(2, 3, 13, 16)).shape == (2, 16, 6, 7)
+
+
+@pytest.mark.parametrize("args", [{"mask_depth": 2}, {"mask": "local"}], ids=str)
+def test_copies(args):
+    module = with_weights(AttentionModule(4, **args))
+    x = image(1, 4, 5, 6)
+    expected = module(x)
+    copied = copy.deepcopy(module)
+    loaded = with_weights(AttentionModule(4, **args))
+    nn.init.zeros_(loaded.mask.head.conv2.weight)
+    loaded.load_state_dict(load(save(module.state_dict())))
+    nn.init.zeros_(module.mask.head.conv2.weight)
+    assert not torch.equal(module(x), expected)
+    assert torch.equal(copied(x), expected)
+    assert torch.equal(loaded(x), expected)
+
+
+@pytest.mark.parametrize("layer", [
+    AttentionModule, SoftMaskBranch, LocalMaskBranch, ResidualUnit, ResidualUnitDown,
+    functools.partial(ResNeXtUnit, groups=1), functools.partial(AttentionModule, mask="local", norm_layer="groupnorm1"),
+])
+def test_device_and_dtype(layer):
+    module = layer(8, device="meta", dtype=torch.float64)
+    tensors = [tensor for name, tensor in module.state_dict().items() if not name.endswith("num_batches_tracked")]
+    assert {(tensor.device.type, tensor.dtype) for tensor in tensors} == {("meta", torch.float64)}
+
+
+def test_the_mask_of_the_last_forward():
+    module = with_weights(AttentionModule(8, mask_depth=2))
+    x = image(1, 8, 6, 5)
+    masks = []
+    module.mask.register_forward_hook(lambda _module, _args, mask: masks.append(mask))
+    module(x)
+    exact(masks[0], Formula(module.state_dict()).soft_mask("mask.", module.pre(x), mask_depth=2))
+    kept = [value for m in module.modules() for value in vars(m).values() if isinstance(value, torch.Tensor)]
+    assert not kept  # the module itself holds on to nothing
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("args", [{"mask_depth": 3}, {"mask": "local"}, {"mask_act": "channel"}], ids=str)
+def test_cuda_equals_cpu(args):
+    module = with_weights(AttentionModule(8, **args))
+    x = image(2, 8, 17, 9)
+    expected = module(x)
+    exact(module.cuda()(x.cuda()).cpu(), expected)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert module.float()(x.float().cuda()).isfinite().all()
