@@ -312,8 +312,8 @@ def test_attention_arguments():
     modules = [m for m in model.modules() if isinstance(m, AttentionModule)]
     assert [(type(m.mask).__name__, m.residual, len(m.trunk), m.mask.head.act.kind) for m in modules] == [
         ("LocalMaskBranch", False, 1, "spatial")] * 3
-    depths = [m.mask.mask_depth for m in timm.create_model("ran_att56", device="meta").modules() if isinstance(m, AttentionModule)]
-    assert depths == [3, 2, 1]
+    model = timm.create_model("ran_att56", device="meta")
+    assert [m.mask.mask_depth for m in model.modules() if isinstance(m, AttentionModule)] == [3, 2, 1]
 
 
 @pytest.mark.parametrize(("args", "error", "message"), [
