@@ -35,8 +35,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def on_page_content(html: str, **_: Any) -> str:
     """Turn what arithmatex marked as a formula into MathML, which browsers draw without a script."""
     def mathml(match: re.Match[str]) -> str:
-        display = "block" if match["tag"] == "div" else "inline"
-        return convert(unescape(match["latex"]), display=display)
+        latex = unescape(match["latex"])
+        if match["tag"] == "span":
+            return convert(latex)
+        return f'<div class="formula">{convert(latex, display="block")}</div>'
 
     formula = r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>'
     return re.sub(formula, mathml, html, flags=re.DOTALL)

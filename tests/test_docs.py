@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -81,7 +82,7 @@ def cifar_files(tmp_path, monkeypatch):
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), "teal").save(buffer, "PNG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(buffer, "PNG")
     for repo, label in (("cifar10/plain_text", "label"), ("cifar100/cifar100", "fine_label")):
         path = tmp_path / "data" / "uoft-cs" / repo
         path.mkdir(parents=True)
@@ -93,6 +94,19 @@ def cifar_files(tmp_path, monkeypatch):
         huggingface_hub, "hf_hub_download",
         lambda repo_id, filename, repo_type: str(tmp_path / "data" / repo_id / filename))
     return tmp_path / "data"
+
+
+@pytest.fixture
+def few_test_images(monkeypatch):
+    """Trainings are evaluated on 20 images."""
+    import cifar
+
+    def load_few(name, data_dir=None):
+        data = load_dataset(name, data_dir)
+        return replace(data, test_images=data.test_images[:20], test_labels=data.test_labels[:20])
+
+    load_dataset = cifar.load_dataset
+    monkeypatch.setattr(cifar, "load_dataset", load_few)
 
 
 @pytest.fixture
@@ -108,7 +122,7 @@ def published_run(folder, hub, plain_files):
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_code_block_runs(page, folder, photos, cifar_files, monkeypatch, request):
+def test_every_code_block_runs(page, folder, photos, cifar_files, few_test_images, monkeypatch, request):
     if page.name == "publishing.md":
         request.getfixturevalue("published_run")
     if page.name == "keras.md":
@@ -182,9 +196,10 @@ def run_cifar(args: list[str], data: Path) -> None:
             cifar.main(args)
         assert exit_info.value.code == 0
         return
-    if not {"--resume", "--eval-only"} & set(args):
-        for old in Path("runs").glob("*-cifar10-*"):  # a reader picks one of the page's commands
-            shutil.rmtree(old)
+    run = cifar.parse_args(args)
+    if not (run.resume or run.eval_only):  # a reader picks one of the page's commands for a folder
+        folder = Path("runs") / f"{run.model}-{run.dataset}-{run.recipe or 'quick'}-{run.seed}"
+        shutil.rmtree(folder, ignore_errors=True)
     cifar.main([*args, *ONE_STEP, "--data-dir", str(data)])
 
 
