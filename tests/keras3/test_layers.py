@@ -140,11 +140,11 @@ def test_jit_compile():
         x = torch.from_numpy(x)
         torch.testing.assert_close(torch.compile(layer, backend="eager")(x), layer(x))
         return
-    model, other = build_model(), build_model()
+    model, other = (keras.Sequential([keras.Input((None, None, 4)), rk.AttentionModule(p=0, t=1)]) for _ in range(2))
     other.set_weights(model.get_weights())
     for network, jit_compile in ((model, True), (other, False)):
         network.compile(keras.optimizers.SGD(0.01), "mse", jit_compile=jit_compile, run_eagerly=False)
-        network.fit(x, np.zeros((4, 3, 3, 8)), batch_size=4, verbose=0)
+        network.fit(x, np.zeros_like(x), batch_size=4, verbose=0)
     for weight, expected in zip(model.get_weights(), other.get_weights()):
         np.testing.assert_allclose(weight, expected, atol=1e-4)
 
