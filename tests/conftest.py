@@ -1,12 +1,17 @@
-"""What all tests share: few threads, fixed seeds, the data sets if they are there, CUDA tests only with CUDA."""
+"""What all tests share: one thread each, fixed seeds, the data sets if they are there, CUDA tests only with CUDA."""
 import os
+
+# Tests run in several processes (pytest-xdist), and some start processes of their own: one thread each, or they wait
+# for each other. Before torch is imported, and for child processes too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest
 import torch
 from hub_fixtures import cli, expected, hub, plain_files, run_dir  # noqa: F401 (fixtures)
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

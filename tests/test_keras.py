@@ -22,7 +22,7 @@ def test_backend(backend: str) -> None:
             pytest.skip(f"{package} is not installed")
     # JAX would spend most of the time on optimising programs that run once, and would take a GPU's memory.
     result = run(
-        "-m", "pytest", "tests/keras3", "--confcutdir=tests/keras3", "-q", "-p", "no:cacheprovider",
+        "-m", "pytest", "tests/keras3", "--confcutdir=tests/keras3", "-q", "-n", "0", "-p", "no:cacheprovider",
         KERAS_BACKEND=backend, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_backend_optimization_level=0",
         TF_CPP_MIN_LOG_LEVEL="3")
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
