@@ -207,7 +207,7 @@ def test_layouts_of_maps_are_told_apart_by_the_image_aspect_ratio() -> None:
     ("layer1", {"mask_dept": 2}, TypeError, "mask_dept"),
     ("layer4", {"mask_depth": 3}, ValueError, "'layer4' does not take its output of shape .* use a smaller mask_depth"),
     ("layer4", {"trunk": nn.Conv2d(8, 8, 1)}, ValueError, "'layer4' does not take its output of shape"),
-    ("layer4", {"trunk": nn.Conv2d(512, 512, 1, stride=2)}, ValueError, "'layer4' does not take its output of shape"),
+    ("layer3", {"trunk": nn.Conv2d(256, 256, 1, stride=2)}, ValueError, "'layer3' does not take its output of shape"),
     (["layer3", "layer4"], {"trunk": nn.Identity()}, ValueError, "trunk is one module and cannot be in 2 places"),
     ("layer1", {"example_input": torch.zeros(1, 1, 8, 8)}, ValueError,
      r"ResNet does not run on an input of shape \(1, 1, 8, 8\) .* pass one that it takes as example_input"),

@@ -1,0 +1,79 @@
+"""Export a network to ONNX, run it in ONNX Runtime, and compare outputs and speed with PyTorch.
+
+    python examples/export_onnx.py
+    python examples/export_onnx.py --model ran_att92_cifar_orig --weights runs/RUN/model.safetensors
+"""
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import timm
+import torch
+from training import write_report
+
+import ran_layers
+
+
+def milliseconds(function: Callable[[], Any], repeats: int) -> float:
+    """Return the median time of a call."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default="ran_att56_cifar", help="any timm model")
+    parser.add_argument("--weights", type=Path, help="safetensors file of the model (default: random weights)")
+    parser.add_argument("--onnx", type=Path, default=Path("runs/model.onnx"), help="where the exported network goes")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("runs/export_onnx.json"))
+    args = parser.parse_args(argv)
+    if args.weights and not args.weights.is_file():
+        sys.exit(f"error: --weights {args.weights} is no file")
+    torch.manual_seed(0)
+    model = timm.create_model(
+        args.model, pretrained=bool(args.weights),
+        pretrained_cfg_overlay={"file": str(args.weights)} if args.weights else {}).eval()
+    fused = ran_layers.fuse(model)  # ONNX Runtime would fold the BN behind convolutions itself, but not those in front
+
+    args.onnx.parent.mkdir(parents=True, exist_ok=True)
+    images = torch.randn(2, *model.pretrained_cfg["input_size"])
+    torch.onnx.export(
+        fused, (images,), args.onnx, input_names=["images"], output_names=["logits"],
+        dynamic_shapes=({0: "batch"},), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(args.onnx, providers=["CPUExecutionProvider"])
+
+    figures = {}
+    with torch.inference_mode():
+        for batch_size in (1, 16):  # the batch size is free; it was exported with two images
+            images = torch.randn(batch_size, *images.shape[1:])
+            logits, = session.run(None, {"images": images.numpy()})
+            difference = float((torch.from_numpy(logits) - model(images)).abs().max())
+            feed = {"images": images.numpy()}
+            figures[str(batch_size)] = {
+                "largest_difference": difference,
+                "milliseconds": {
+                    "PyTorch": round(milliseconds(lambda x=images: model(x), args.repeats), 2),
+                    "PyTorch, fused": round(milliseconds(lambda x=images: fused(x), args.repeats), 2),
+                    "ONNX Runtime": round(milliseconds(lambda x=feed: session.run(None, x), args.repeats), 2),
+                },
+            }
+            times = ", ".join(f"{name} {ms} ms" for name, ms in figures[str(batch_size)]["milliseconds"].items())
+            print(f"batch {batch_size}: outputs differ by at most {difference:.1e}; {times}")
+    write_report(args.out, torch.device("cpu"), model=args.model, batch_sizes=figures)
+    if max(figure["largest_difference"] for figure in figures.values()) > 1e-4:
+        sys.exit("error: the exported network computes something else")
+
+
+if __name__ == "__main__":
+    main()

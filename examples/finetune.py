@@ -1,0 +1,76 @@
+"""Fine-tune a network that was trained on CIFAR-10 to another data set, with timm's layer decay, and from scratch.
+
+    python examples/finetune.py                                              # to handwritten digits, few of them
+    python examples/finetune.py --dataset cifar100 --images 10000 --epochs 5 --data-dir DIR
+    python examples/finetune.py --weights runs/RUN/model.safetensors         # from weights of your own
+
+With a layer decay of 0.7 each layer learns 0.7 times as fast as the next: the early, general ones are nearly kept.
+"""
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from training import Dataset, RunError, accuracy, load_dataset, pick_device, train, write_report
+
+import ran_layers  # noqa: F401  (registers the networks with timm)
+
+
+def run(pretrained: bool, data: Dataset, args: argparse.Namespace) -> float:
+    """Train on the data set, from the weights or from scratch; return the accuracy."""
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    overlay: dict[str, Any] = {"file": str(args.weights)} if args.weights else {}
+    model = timm.create_model(args.model, pretrained=pretrained, pretrained_cfg_overlay=overlay)
+    model.reset_classifier(len(data.class_names))
+    model.to(device)
+    # The groups carry an lr_scale, which timm's schedulers apply; torch's would not.
+    optimizer = create_optimizer_v2(
+        model, opt="adamw", lr=args.lr, weight_decay=0.05, layer_decay=args.layer_decay if pretrained else None)
+    steps = args.epochs * max(1, min(args.images, len(data.train_labels)) // args.batch_size)
+    scheduler = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=steps // 5, t_in_epochs=False)
+    seconds = train(
+        model, optimizer, scheduler, data, epochs=args.epochs, batch_size=args.batch_size, images=args.images,
+        device=device, seed=args.seed)
+    top1 = accuracy(model, data, device)
+    print(f"{'fine-tuned' if pretrained else 'from scratch'}: {100 * top1:.2f} % in {seconds:.0f} s", flush=True)
+    return top1
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default="ran_att56_cifar.cifar10", help="a timm model with trained weights")
+    parser.add_argument("--weights", type=Path, help="safetensors file of the model (default: those of the package)")
+    parser.add_argument("--dataset", choices=("digits", "cifar100"), default="digits")
+    parser.add_argument("--data-dir", help="Parquet files on disk, in the Hub's layout (default: the Hub)")
+    parser.add_argument("--images", type=int, default=200, help="train on so many images")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--layer-decay", type=float, default=0.7)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument("--out", type=Path, default=Path("runs/finetune.json"))
+    args = parser.parse_args(argv)
+    if args.weights and not args.weights.is_file():
+        sys.exit(f"error: --weights {args.weights} is no file")
+    if not args.weights and not timm.models.get_pretrained_cfg(args.model).has_weights:
+        sys.exit(f"error: the package has no weights for {args.model}; name a safetensors file with --weights")
+    try:
+        data = load_dataset(args.dataset, args.data_dir)
+    except RunError as error:
+        sys.exit(f"error: {error}")
+
+    accuracies = {name: round(run(name == "finetuned", data, args), 4) for name in ("finetuned", "scratch")}
+    write_report(
+        args.out, pick_device(args.device), model=args.model, dataset=args.dataset, images=args.images,
+        epochs=args.epochs, lr=args.lr, layer_decay=args.layer_decay, accuracy=accuracies)
+
+
+if __name__ == "__main__":
+    main()

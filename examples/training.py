@@ -1,0 +1,71 @@
+"""What the examples share: the loaders of `benchmarks/`, one epoch of training, and accuracy."""
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from augment import crop_flip, normalize
+from data import Dataset, load_dataset
+from environment import hardware, pick_device, versions
+from errors import RunError
+
+__all__ = ["Dataset", "RunError", "accuracy", "load_dataset", "pick_device", "train", "write_report"]
+
+
+def train(
+        model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, data: Dataset, *,
+        epochs: int, batch_size: int, images: int, device: torch.device, seed: int = 0,
+) -> float:
+    """Train on the first ``images`` rows with random crops (and flips, digits apart); return the seconds it took.
+
+    ``scheduler`` is one of timm's that counts steps.
+    """
+    x, y = data.train_images[:images].to(device), data.train_labels[:images].to(device)
+    mean, std = statistics_of(data, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    batch_size = min(batch_size, len(x))
+    model.train()
+    start, step = time.perf_counter(), 0
+    for _ in range(epochs):
+        order = torch.randperm(len(x), generator=generator, device=device)
+        for rows in order.split(batch_size):
+            if len(rows) < batch_size:  # the rest, which is too few for batch statistics
+                continue
+            scheduler.step_update(step)
+            flip = torch.rand(len(rows), generator=generator, device=device) < (0 if data.name == "digits" else 0.5)
+            batch = normalize(crop_flip(x[rows], flip, 4, "reflect", generator), mean, std)
+            loss = F.cross_entropy(model(batch), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Dataset, device: torch.device) -> float:
+    """Return the fraction of the test images that the network classifies correctly."""
+    mean, std = statistics_of(data, device)
+    model.eval()
+    correct = sum(
+        int((model(normalize(x.to(device), mean, std)).argmax(1) == y.to(device)).sum())
+        for x, y in zip(data.test_images.split(500), data.test_labels.split(500)))
+    return correct / len(data.test_labels)
+
+
+def statistics_of(data: Dataset, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of the channels in the units of the pixels."""
+    return torch.tensor(data.mean, device=device) * 255, torch.tensor(data.std, device=device) * 255
+
+
+def write_report(path: Path, device: torch.device, **figures: Any) -> None:
+    """Write the figures of a run and what they depend on as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**hardware(device), **versions(), **figures}, indent=1) + "\n")
+    print(f"figures written to {path}")

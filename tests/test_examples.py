@@ -1,0 +1,149 @@
+"""Each example runs, in a short form, and does what it says."""
+import io
+import json
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+
+import ran_layers  # noqa: F401  (registers the networks with timm)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHORT = ["--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _import_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def small_cifar(tmp_path: Path) -> Path:
+    """A folder with a few rows of random images in the form of CIFAR-10."""
+    folder = tmp_path / "data" / "uoft-cs" / "cifar10" / "plain_text"
+    folder.mkdir(parents=True)
+    for split, rows in (("train", 16), ("test", 10)):
+        images = []
+        for pixels in torch.randint(0, 256, (rows, 32, 32, 3), dtype=torch.uint8).numpy():
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG")
+            images.append({"bytes": file.getvalue(), "path": None})
+        table = pyarrow.table({"img": images, "label": [i % 10 for i in range(rows)]})
+        pyarrow.parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Weights as a training run leaves them, of the smallest network."""
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(timm.create_model("plain_cnn8_cifar").state_dict(), path)
+    return path
+
+
+def run(name: str, *args: str) -> dict[str, Any]:
+    """Run the example ``name`` and return the figures it wrote."""
+    import_module(name).main([*args, "--out", "figures.json"])
+    report = json.loads(Path("figures.json").read_text())
+    assert report["device"] == "cpu"
+    assert report["name"]
+    assert torch.__version__.startswith(report["torch"])
+    return report
+
+
+def test_resnet18_with_and_without_attention(small_cifar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(
+        "resnet18_attention", "--data-dir", str(small_cifar), "--images", "16", "--epochs", "1", "--batch-size", "8",
+        *SHORT)
+    plain, attention = report["runs"]
+    assert (plain["attention"], attention["attention"]) == (False, True)
+    assert plain["parameters"] == 11_181_642  # timm's resnet18 with 10 classes
+    assert attention["parameters"] > plain["parameters"]
+    gain = 100 * (attention["accuracy"] - plain["accuracy"])
+    assert report["gain_in_points"] == pytest.approx(gain, abs=0.01)
+    assert report["time_ratio"] > 0
+    assert f"attention changes the accuracy by {gain:+.2f} points" in capsys.readouterr().out
+
+
+def test_both_resnets_begin_with_the_same_outputs() -> None:
+    example = import_module("resnet18_attention")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        plain, attention = (example.create_model(flag, seed=3).eval()(images) for flag in (False, True))
+    assert (plain - attention).abs().max() <= 1e-5
+
+
+def test_finetuning_takes_the_weights_and_slows_early_layers(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = import_module("finetune")
+    rates, first_weights = [], []
+
+    def record(model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> float:
+        first_conv = model.stages[0].blocks.conv0.weight
+        first_weights.append(first_conv.detach().clone())
+        seconds = train(model, optimizer, *args, **kwargs)
+        lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        rates.append(lr[id(first_conv)] / lr[id(model.head.fc.weight)])
+        return seconds
+
+    train = example.train
+    digits = example.load_dataset("digits")
+    few = replace(digits, test_images=digits.test_images[:20], test_labels=digits.test_labels[:20])
+    monkeypatch.setattr(example, "train", record)
+    monkeypatch.setattr(example, "load_dataset", lambda *args: few)
+    report = run(
+        "finetune", "--model", "plain_cnn8_cifar", "--weights", str(weights), "--images", "32", "--epochs", "1",
+        "--batch-size", "16", "--seed", "1", *SHORT)
+    assert report["accuracy"].keys() == {"finetuned", "scratch"}
+    assert all(0 <= value <= 1 for value in report["accuracy"].values())
+    trained = safetensors.torch.load_file(weights)["stages.0.blocks.conv0.weight"]
+    assert torch.equal(first_weights[0], trained)
+    assert not torch.equal(first_weights[1], trained)
+    assert rates[0] == pytest.approx(0.7 ** 4)  # four stages lie before the classifier
+    assert rates[1] == 1
+
+
+def test_finetuning_without_weights_says_so(weights: Path) -> None:
+    with pytest.raises(SystemExit, match=r"error: --weights nowhere.safetensors is no file"):
+        import_module("finetune").main(["--weights", "nowhere.safetensors"])
+    with pytest.raises(SystemExit, match=r"error: the package has no weights for ran_att452_cifar_orig.cifar100"):
+        import_module("finetune").main(["--model", "ran_att452_cifar_orig.cifar100"])
+    with pytest.raises(SystemExit, match="error: no Parquet files of uoft-cs/cifar100 under"):
+        import_module("finetune").main(["--weights", str(weights), "--dataset", "cifar100", "--data-dir", "nowhere"])
+
+
+def test_segmentation_runs_and_its_labels_fit_its_images() -> None:
+    report = run("segmentation", "--steps", "2", "--batch-size", "2", "--test-images", "4", *SHORT)
+    assert 0 <= report["mean_iou"] <= 1
+    example = import_module("segmentation")
+    digits = torch.zeros(1, 32, 32)
+    digits[0, 10:20, 10:20] = 0.9
+    images, targets = example.make_batch(digits, torch.tensor([6]), 3, torch.Generator().manual_seed(0))
+    assert torch.equal(targets == 7, images[:, 0] > 0.5)
+    assert (targets == 7).flatten(1).sum(1).tolist() == [200, 200, 200]
+
+    class Perfect(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot((x[:, 0] > 0.5).long() * 7, 11).permute(0, 3, 1, 2)
+
+    assert example.mean_iou(Perfect(), [(images, targets)], torch.device("cpu")) == 1
+
+
+def test_export_to_onnx_gives_the_same_outputs(weights: Path) -> None:
+    report = run(
+        "export_onnx", "--model", "plain_cnn8_cifar", "--weights", str(weights), "--repeats", "1",
+        "--onnx", "model.onnx")
+    assert Path("model.onnx").is_file()
+    assert report["batch_sizes"].keys() == {"1", "16"}
+    for figures in report["batch_sizes"].values():
+        assert figures["largest_difference"] < 1e-4
+        assert all(ms > 0 for ms in figures["milliseconds"].values())
