@@ -78,8 +78,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         field.name: tuple(value) if isinstance(value, list) else value
         for field in fields(Recipe) if (value := getattr(args, field.name)) is not None
     }
-    args.command = "python benchmarks/cifar.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     return args
+
+
+def command(argv: list[str], *, places: bool = True) -> str:
+    """Return the command line; without ``places``, only what decides the result, not where files lie."""
+    kept, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif not places and word.partition("=")[0] in ("--out", "--data-dir", "--resume"):
+            skip = "=" not in word and word != "--resume"
+        else:
+            kept.append(word)
+    return shlex.join(["python", "benchmarks/cifar.py", *kept])
 
 
 def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> torch.nn.Module:
@@ -277,10 +290,10 @@ def train(args: argparse.Namespace) -> None:
                 break
 
     if step < total_steps:
-        command = args.command
+        again = command(args.argv)
         for flag, addition in (("--resume", " --resume"), ("--out", f" --out {shlex.quote(str(out))}")):
-            command += addition if flag not in command else ""
-        print(f"stopped at step {step} of {total_steps}, saved; go on with: {command}", flush=True)
+            again += addition if flag not in again else ""
+        print(f"stopped at step {step} of {total_steps}, saved; go on with: {again}", flush=True)
         sys.exit(128 + stop["signal"])
 
     seconds = seconds_before + time.perf_counter() - started
@@ -291,7 +304,8 @@ def train(args: argparse.Namespace) -> None:
         model=args.model, dataset=args.dataset, recipe=recipe_name, settings=settings, params=params, macs=macs,
         seed=args.seed, epochs=epochs, seconds=seconds,
         images_per_s=recipe.epochs * steps_per_epoch * recipe.batch_size / sum(row["seconds"] for row in epochs),
-        hardware=hardware(device), versions=versions(), command=args.command,
+        hardware=hardware(device), versions=versions(),
+        command=command(args.argv, places=False),
         selection="none: the weights are those of the last step"
                   + (" (their moving average)" if ema is not None else "")
                   + (f"; {args.holdout} training images were held out and watched" if args.holdout else "")

@@ -59,6 +59,7 @@ def test_run_leaves_a_loadable_model_and_its_result(tmp_path, capsys):
     assert "held out" in result["selection"]
     assert result["settings"]["optimizer"] == "muon"
     assert result["hardware"]["device"] == "cpu"
+    assert str(tmp_path) not in result["command"]
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
