@@ -186,4 +186,5 @@ def test_committed_figures_reach_the_aim() -> None:
     report = json.loads((ROOT / "benchmarks" / "results" / "fuse.json").read_text())
     assert {result["batch_size"] for result in report["results"]} >= {1, 64}
     for result in report["results"]:
+        assert result["largest_difference"] < 1e-4, result
         assert result["speedup"]["folded, channels last (fuse)"] >= 1.3, result
