@@ -117,7 +117,7 @@ def test_trunk_depth_is_in_the_name(network):
 
 @torch.no_grad()
 def test_head(network):
-    x = images(network, (64, 64))
+    x = images(network, network.pretrained_cfg["min_input_size"][1:])
     features = network.forward_features(x)
     assert network.get_classifier() is network.get_submodule(network.pretrained_cfg["classifier"])
     assert_close(network.forward_head(features), network(x))
@@ -161,10 +161,10 @@ def test_feature_pyramid(network):
 def test_kinds_of_feature_pyramids(name, feature_cls):
     source = timm.create_model(name).eval()
     model = timm.create_model(name, features_only=True, feature_cls=feature_cls, out_indices=(1, 3)).eval()
-    kept = {key.replace("model.", ""): key for key in model.state_dict()}
     state = source.state_dict()
-    flat = {key.replace(".", "_", 1) if feature_cls == "list" else key: value for key, value in state.items()}
-    model.load_state_dict({own: (flat if key in flat else state)[key] for key, own in kept.items()})
+    state.update({key.replace(".", "_", 1): value for key, value in state.items()})  # "list" and "hook" flatten
+    model.load_state_dict({
+        key: state[key.removeprefix("model.").removeprefix("graph_module.")] for key in model.state_dict()})
     x = images(source)
     assert_close(model(x), source.forward_intermediates(x, [1, 3], intermediates_only=True))
 

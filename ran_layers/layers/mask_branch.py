@@ -78,7 +78,7 @@ def check_map_size(x: torch.Tensor, depth: int) -> torch.Tensor:
         ValueError: The map is so small that it would reach one pixel before the last pooling.
     """
     # Returned, not only checked, so that graph passes which drop unused nodes keep the check.
-    least = 2 ** (depth - 1) + 1
+    least = (1 << (depth - 1)) + 1  # a power would be a float in TorchScript
     if x.shape[-2] < least or x.shape[-1] < least:
         raise ValueError(
             f"a soft mask branch with mask_depth={depth} needs a map of at least {least}x{least}, "

@@ -80,7 +80,7 @@ class PlainCNN(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.stages = nn.Sequential()
-        self.feature_info: list[dict[str, Any]] = []
+        self.feature_info = []
         in_channels = in_chans
         for i, (out_channels, depth) in enumerate(zip(channels, depths)):
             self.stages.append(PlainStage(in_channels, out_channels, depth, i > 0, norm_act, dd))

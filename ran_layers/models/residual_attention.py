@@ -127,9 +127,8 @@ class ResidualAttentionNet(nn.Module):
         self.stem, reduction = _create_stem(stem_type, in_chans, stem_chs, norm_act, dd)
         self.stem_feat_idx = 1 if stem_type == "7x7" else 0  # the last map before the stem's pooling
         stem_feat = list(self.stem._modules)[self.stem_feat_idx]
-        self.feature_info: list[dict[str, Any]] = [
+        feature_info: list[dict[str, Any]] = [
             dict(num_chs=stem_chs, reduction=1 if stem_type == "3x3" else 2, module=f"stem.{stem_feat}")]
-
         depths = [1 + m + c for m, c in zip(modules, closing_units)]
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         self.stages = nn.Sequential()
@@ -147,8 +146,9 @@ class ResidualAttentionNet(nn.Module):
             ))
             in_channels = out_channels
             reduction *= stride
-            self.feature_info.append(dict(num_chs=out_channels, reduction=reduction, module=f"stages.{i}"))
+            feature_info.append(dict(num_chs=out_channels, reduction=reduction, module=f"stages.{i}"))
 
+        self.feature_info = feature_info
         self.num_features = in_channels
         # Units that are not pre-activated (ResNeXt) end in their own ReLU.
         self.norm = norm_act(in_channels, **dd) if is_preact(unit_layer) else nn.Identity()
