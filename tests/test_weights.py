@@ -38,7 +38,7 @@ def test_shipped_weights_have_the_accuracy_they_claim(name, data_dir):
     result = json.loads((REPOSITORY / "ran_layers" / "weights" / f"{name}.json").read_text())
     images, labels, names = read_split(result["dataset"], "test", str(data_dir), rows=1000)
     model = timm.create_model(name, pretrained=True).to(memory_format=torch.channels_last)
-    assert model.pretrained_cfg["label_names"] == names
+    assert list(model.pretrained_cfg["label_names"]) == names
     device = torch.device("cpu")
     scores = evaluate(model, images, labels, device, torch.autocast("cpu", enabled=False))
     # The first rows are a fair sample of 1,000: three standard errors of a share.

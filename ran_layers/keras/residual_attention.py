@@ -104,7 +104,7 @@ def preprocess_input(x: Any, dataset: str = "cifar10", data_format: str | None =
         ValueError: ``dataset`` or ``data_format`` is no such name, or the images have not three channels.
 
     Example:
-        >>> float(preprocess_input(np.full((1, 1, 3), 255, "uint8")).max().round(2))
+        >>> round(float(preprocess_input(np.full((1, 1, 3), 255, "uint8")).max()), 2)
         2.13
     """
     mean, std = np.array(CIFAR_STATS[check_choice("dataset", dataset, tuple(CIFAR_STATS))], "float32")

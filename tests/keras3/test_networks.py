@@ -192,9 +192,10 @@ def test_written_with_keras_alone():
 
 @any_backend
 def test_docstrings():
+    public = {name: getattr(rk, name) for name in rk.__all__}
     for path in PACKAGE.glob("*.py"):
         module = importlib.import_module(f"ran_layers.keras.{path.stem}".removesuffix(".__init__"))
-        assert doctest.testmod(module).failed == 0, path
+        assert doctest.testmod(module, extraglobs=public).failed == 0, path
 
 
 @any_backend
