@@ -95,6 +95,7 @@ def test_torch_fx(case):
     assert_close(traced(other), model(other))
 
 
+@pytest.mark.parametrize("case", ["local", "channel", "network"], indirect=True)  # soft: with dynamic shapes below
 def test_torch_export(case):
     model, x = case
     exported = torch.export.export(model, (x,)).module()
@@ -124,6 +125,7 @@ def onnx_session(model, x, path, **kwargs):
     return lambda image: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: image.numpy()})[0])
 
 
+@pytest.mark.parametrize("case", ["local", "channel", "network"], indirect=True)  # soft: with dynamic shapes below
 def test_onnx(case, tmp_path):
     model, x = case
     run = onnx_session(model, x, tmp_path / "model.onnx")
