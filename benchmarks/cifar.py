@@ -3,12 +3,14 @@
     python benchmarks/cifar.py --dataset digits            # about a minute on two CPU cores, no download
     python benchmarks/cifar.py                             # ran_att56_cifar on CIFAR-10 from the Hub
     python benchmarks/cifar.py --data-dir DIR              # ... from Parquet files on disk
+    torchrun --nproc-per-node 2 benchmarks/cifar.py  # ... data-parallel
     python benchmarks/cifar.py --resume --out DIR          # go on after an interruption
     python benchmarks/cifar.py --eval-only --out DIR       # the accuracy of a finished run
 """
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import signal
 import sys
@@ -32,6 +34,7 @@ from checkpoint import (
 )
 from data import DATASETS, Dataset, load_dataset
 from display import Display, draw_curves, draw_masks_of, duration, show_plan
+from distributed import data_parallel, join_world, leave_world, sync_batch_norm
 from environment import bf16_is_fast, hardware, pick_device, versions
 from errors import RunError
 from evaluate import count_macs, evaluate, export_model, load_exported
@@ -54,6 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where the processor has it")
+    parser.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True,
+                        help="under torchrun, batch normalisation over the global batch, not each process's slice")
     parser.add_argument("--holdout", type=int, default=0, metavar="ROWS",
                         help="keep so many training images out and evaluate each epoch on them")
     parser.add_argument("--eval-every", type=int, default=0, metavar="EPOCHS",
@@ -82,8 +87,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def command(argv: list[str], *, places: bool = True) -> str:
+def command(argv: list[str], processes: int, *, places: bool = True) -> str:
     """Return the command line; without ``places``, only what decides the result, not where files lie."""
+    launcher = ["torchrun", "--nproc-per-node", str(processes)] if processes > 1 else ["python"]
     kept, skip = [], False
     for word in argv:
         if skip:
@@ -92,7 +98,7 @@ def command(argv: list[str], *, places: bool = True) -> str:
             skip = "=" not in word and word != "--resume"
         else:
             kept.append(word)
-    return shlex.join(["python", "benchmarks/cifar.py", *kept])
+    return shlex.join([*launcher, "benchmarks/cifar.py", *kept])
 
 
 def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> torch.nn.Module:
@@ -123,16 +129,21 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> torc
 
 def train(args: argparse.Namespace) -> None:
     out: Path = args.out
-    device = pick_device(args.device)
+    world, device = join_world(args.device)
     recipe_name = args.recipe or ("best" if device.type == "cuda" else "quick")
     recipe = make_recipe(recipe_name, args.dataset, args.overrides)
     if args.precision is None:
         args.precision = "bf16" if bf16_is_fast(device) else "fp32"
 
+    if recipe.batch_size % world.size:
+        raise RunError(f"--batch-size {recipe.batch_size} must be a multiple of the {world.size} processes")
+    sync_bn = world.size > 1 and args.sync_bn
+
     # Everything that decides the result; a checkpoint made under other settings is refused.
     settings = dict(
         model=args.model, model_kwargs=args.model_kwargs, dataset=args.dataset, recipe=recipe_name, **asdict(recipe),
-        seed=args.seed, precision=args.precision, holdout=args.holdout, limit=args.limit)
+        seed=args.seed, precision=args.precision, holdout=args.holdout, limit=args.limit,
+        bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
     settings = json.loads(json.dumps(settings))
     tensors: dict[str, torch.Tensor] = {}
     state: dict[str, Any] = {"step": 0, "epochs": [], "seconds": 0.0}
@@ -148,7 +159,8 @@ def train(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     # Data: one uint8 tensor on the training device.
-    data = load_dataset(args.dataset, args.data_dir)
+    with world.main_first() if args.data_dir is None else contextlib.nullcontext():
+        data = load_dataset(args.dataset, args.data_dir)
     images, labels = data.train_images, data.train_labels
     if args.limit:
         images, labels = images[:args.limit], labels[:args.limit]
@@ -178,26 +190,36 @@ def train(args: argparse.Namespace) -> None:
         load_optimizer_tensors(optimizer, without_prefix("optimizer", tensors))
         if ema is not None:
             ema.load_state_dict(without_prefix("ema", tensors))
-    forward = torch.compile(model) if device.type == "cuda" else model
+    if world.rank:
+        torch.manual_seed(args.seed + world.rank)  # dropout and stochastic depth differ between the slices
+    forward = data_parallel(sync_batch_norm(model, device) if sync_bn else model, world, device)
+    if device.type == "cuda":
+        forward = torch.compile(forward)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     steps_per_epoch = len(images) // recipe.batch_size
     total_steps = recipe.epochs * steps_per_epoch
-    show_plan({
+    plan = {
         "model": f"{args.model}, {params / 1e6:.2f} M parameters, {macs / 1e6:.1f} MMACs an image",
         "data set": f"{args.dataset}, {len(images)} training and {len(data.test_images)} test images"
                     + (f", {args.holdout} held out" if args.holdout else ""),
-        "device": f"{hardware(device)['name']} ({device}), {args.precision}",
+        "device": f"{hardware(device)['name']} ({device}), {args.precision}"
+                  + (f", {world.size} processes" if world.size > 1 else ""),
         "recipe": f"{recipe_name}, {recipe.epochs} epochs of {steps_per_epoch} steps of {recipe.batch_size} images, "
                   f"{recipe.optimizer}, lr {recipe.lr:g}",
         "out": f"{out}" + (f", resumed at step {state['step']} of {total_steps}" if args.resume else ""),
-    })
+    }
+    if world.main:
+        show_plan(plan)
 
     stop = {"signal": 0}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stop.update(signal=received))
 
     def checkpoint(step: int, epochs: list[dict[str, Any]], seconds: float, extra: dict[str, torch.Tensor]) -> None:
+        world.average_buffers(model, ema)
+        if not world.main:
+            return
         named = dict(prefixed("model", model.state_dict()))
         named.update(prefixed("optimizer", optimizer_tensors(optimizer)))
         if ema is not None:
@@ -212,7 +234,7 @@ def train(args: argparse.Namespace) -> None:
     if "torch_rng" in tensors:
         torch.set_rng_state(tensors["torch_rng"])
     model.train()
-    with Display(recipe.epochs, steps_per_epoch, recipe.batch_size, step) as display:
+    with Display(recipe.epochs, steps_per_epoch, recipe.batch_size, step, quiet=not world.main) as display:
         while step < total_steps:
             epoch, in_epoch = divmod(step, steps_per_epoch)
             # One generator an epoch, so that an epoch's order follows from seed and epoch alone.
@@ -248,6 +270,8 @@ def train(args: argparse.Namespace) -> None:
                 targets = F.one_hot(y, len(data.class_names)).float()
                 x, targets = augment.mix(x, targets, recipe.mixup, recipe.cutmix, generator)
 
+                x, y, targets = world.share(x), world.share(y), world.share(targets)
+
                 with autocast:
                     logits = forward(x)
                     loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
@@ -264,11 +288,13 @@ def train(args: argparse.Namespace) -> None:
                     display.step(step, sums[0].item() / done, 100 * sums[1].item() / done)
                 else:
                     display.step(step)
-                if stop["signal"]:
+                stopped = world.any(stop["signal"])
+                if stopped:
                     break
 
+            sums = world.mean(sums)
             seconds = seconds_before + time.perf_counter() - started
-            if stop["signal"] and in_epoch + 1 < steps_per_epoch:
+            if stopped and in_epoch + 1 < steps_per_epoch:
                 checkpoint(step, epochs, seconds, {"generator": generator.get_state(), "sums": sums.cpu()})
                 break
             loss_mean, top1_mean = (sums / steps_per_epoch).tolist()
@@ -281,22 +307,28 @@ def train(args: argparse.Namespace) -> None:
                        lr=optimizer.param_groups[0]["lr"], seconds=elapsed,
                        images_per_s=(in_epoch + 1 - first) * recipe.batch_size / elapsed)
             if args.holdout or (args.eval_every and (epoch + 1) % args.eval_every == 0):
-                scores = evaluate(model if ema is None else ema.module, eval_images, eval_labels, device, autocast)
+                world.average_buffers(model, ema)
+                scores = evaluate(
+                    model if ema is None else ema.module, eval_images, eval_labels, device, autocast, world=world)
                 row.update(eval_split=eval_split, eval_top1=scores["top1"])
             epochs.append(row)
             display.epoch(row)
             checkpoint(step, epochs, seconds_before + time.perf_counter() - started, {})
-            if stop["signal"]:
+            if stopped:
                 break
 
     if step < total_steps:
-        again = command(args.argv)
+        if not world.main:
+            sys.exit(128 + stopped)
+        again = command(args.argv, world.size)
         for flag, addition in (("--resume", " --resume"), ("--out", f" --out {shlex.quote(str(out))}")):
             again += addition if flag not in again else ""
         print(f"stopped at step {step} of {total_steps}, saved; go on with: {again}", flush=True)
-        sys.exit(128 + stop["signal"])
+        sys.exit(128 + stopped)
 
     seconds = seconds_before + time.perf_counter() - started
+    if not world.main:
+        return
     final = model if ema is None else ema.module
     final.pretrained_cfg = model.pretrained_cfg
     export_model(final, out, model.model_kwargs)
@@ -305,7 +337,7 @@ def train(args: argparse.Namespace) -> None:
         seed=args.seed, epochs=epochs, seconds=seconds,
         images_per_s=recipe.epochs * steps_per_epoch * recipe.batch_size / sum(row["seconds"] for row in epochs),
         hardware=hardware(device), versions=versions(),
-        command=command(args.argv, places=False),
+        processes=world.size, command=command(args.argv, world.size, places=False),
         selection="none: the weights are those of the last step"
                   + (" (their moving average)" if ema is not None else "")
                   + (f"; {args.holdout} training images were held out and watched" if args.holdout else "")
@@ -359,10 +391,13 @@ def main(argv: list[str] | None = None) -> None:
         eval_only(args) if args.eval_only else train(args)
     except (RunError, OSError) as error:
         sys.exit(_fail(str(error)))
+    finally:
+        leave_world()
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
     return 2
 
 

@@ -40,13 +40,14 @@ def show_plan(rows: dict[str, str]) -> None:
 class Display:
     """Progress of a training: a bar with loss, accuracy, images/s and time left; one line an epoch on a pipe."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int, batch_size: int, first_step: int) -> None:
+    def __init__(self, epochs: int, steps_per_epoch: int, batch_size: int, first_step: int, quiet: bool = False) -> None:
         self.epochs, self.steps_per_epoch, self.batch_size = epochs, steps_per_epoch, batch_size
         self.start, self.first_step = time.perf_counter(), first_step
         self.console = Console()
+        self.quiet = quiet
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[stats]}"),
-            console=self.console, transient=True, disable=not self.console.is_terminal,
+            console=self.console, transient=True, disable=quiet or not self.console.is_terminal,
         )
         self.task = self.progress.add_task("", total=steps_per_epoch, stats="")
         self.estimated = False
@@ -92,6 +93,8 @@ class Display:
 
     def print(self, text: str) -> None:
         """Print a line above the bar."""
+        if self.quiet:
+            return
         if self.console.is_terminal:
             self.progress.console.print(text, highlight=False)
         else:

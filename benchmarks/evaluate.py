@@ -7,6 +7,7 @@ from typing import Any
 import augment
 import torch
 from checkpoint import write_atomic
+from distributed import World
 from errors import RunError
 from timm import create_model
 from timm.models import save_for_hf
@@ -16,11 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 @torch.inference_mode()
 def evaluate(
         model: Any, images: torch.Tensor, labels: torch.Tensor, device: torch.device, autocast: Any,
-        flip: bool = False, batch_size: int = 500,
+        flip: bool = False, batch_size: int = 500, world: World | None = None,
 ) -> dict[str, float]:
     """Return top-1 and top-5 accuracy in percent of ``model`` on uint8 ``images`` ``(rows, height, width, channels)``.
 
     Args:
+        world: Each of its processes takes a part of the images; all get the figures of the whole.
         flip: Average the logits of each image and its mirror image (test-time augmentation).
     """
     was_training = model.training
@@ -28,7 +30,9 @@ def evaluate(
     mean = torch.tensor(model.pretrained_cfg["mean"], device=device) * 255
     std = torch.tensor(model.pretrained_cfg["std"], device=device) * 255
     correct = torch.zeros(2, dtype=torch.long, device=device)
-    for x, y in zip(images.split(batch_size), labels.split(batch_size)):
+    world = world or World()
+    parts = images[world.rank::world.size], labels[world.rank::world.size]
+    for x, y in zip(parts[0].split(batch_size), parts[1].split(batch_size)):
         x, y = augment.normalize(x.to(device), mean, std), y.to(device)
         with autocast:
             logits = model(x).float()
@@ -37,7 +41,7 @@ def evaluate(
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
         correct += torch.stack([ranked[:, 0].sum(), ranked.sum()])
     model.train(was_training)
-    top1, top5 = (100 * correct.double() / len(labels)).tolist()
+    top1, top5 = (100 * world.sum(correct).double() / len(labels)).tolist()
     return {"top1": top1, "top5": top5}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 class Muon(torch.optim.Optimizer):
@@ -36,13 +37,28 @@ class Muon(torch.optim.Optimizer):
             buffers = [self._momentum_buffer(p) for p in params]
             if group["orthogonalize"]:
                 torch._foreach_lerp_(buffers, grads, 1 - momentum)
-                updates = orthogonalize(torch._foreach_lerp(grads, buffers, momentum))
+                updates = self._orthogonalize(torch._foreach_lerp(grads, buffers, momentum))
             else:
                 torch._foreach_mul_(buffers, momentum)
                 torch._foreach_add_(buffers, grads)
                 updates = torch._foreach_add(grads, buffers, alpha=momentum)
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+    def _orthogonalize(self, updates: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Orthogonalise ``updates``; processes that train together do a part each and exchange the results."""
+        if not dist.is_initialized():
+            return orthogonalize(updates)
+        size, rank = dist.get_world_size(), dist.get_rank()
+        # Largest first, dealt out in turn: about equal work, and the same deal everywhere.
+        dealt = sorted(range(len(updates)), key=lambda i: (-updates[i].numel() * len(updates[i]), i))
+        mine = dealt[rank::size]
+        flat = torch.zeros(sum(update.numel() for update in updates), device=updates[0].device)
+        views = [part.view(update.shape) for part, update in zip(flat.split([u.numel() for u in updates]), updates)]
+        for i, update in zip(mine, orthogonalize([updates[i] for i in mine])):
+            views[i].copy_(update)
+        dist.all_reduce(flat)
+        return views
 
     def _momentum_buffer(self, param: torch.Tensor) -> torch.Tensor:
         state = self.state[param]
@@ -76,7 +92,13 @@ def _newton_schulz(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Drive the singular values of the wide matrices ``(batch, rows, columns)`` to about 1."""
     a, b, c = 3.4445, -4.7750, 2.0315  # the quintic of the reference implementation: steepest at 0
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x
+    # x -> p(x x^T) x keeps x's right singular vectors, so only the small matrices are iterated and x is met twice.
+    gram = x @ x.mT
+    scaled_identity = a * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    product = None
+    for step in range(steps):
+        factor = torch.baddbmm(b * gram + scaled_identity, gram, gram, alpha=c)
+        product = factor if product is None else factor @ product
+        if step + 1 < steps:
+            gram = factor @ gram @ factor
+    return x if product is None else product @ x

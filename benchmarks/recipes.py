@@ -53,7 +53,8 @@ RECIPES: dict[str, Recipe] = {
         label_smoothing=0.0, pad_mode="zeros", flip="random",
     ),
     "best": Recipe(
-        epochs=60, optimizer="muon", lr=0.03, weight_decay=0.03, ema_decay=0.998, resolutions=(0.0, 24, 0.4, 32),
+        epochs=60, batch_size=256, optimizer="muon", lr=0.04, weight_decay=0.03, warmup=0.1, ema_decay=0.996,
+        resolutions=(0.0, 24, 0.4, 32),
     ),
 }
 

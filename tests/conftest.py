@@ -5,10 +5,13 @@ import os
 # for each other. Before torch is imported, and for child processes too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn as nn
 from hub_fixtures import cli, expected, hub, plain_files, run_dir  # noqa: F401 (fixtures)
 
 torch.set_num_threads(1)
@@ -34,3 +37,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def script() -> Callable[[nn.Module], Any]:
+    """``torch.jit.script``, after moving the attribute that torch may take for an operator.
+
+    torch 2.15 knows operators by their address and keeps the addresses of some that are gone (those of packets it
+    refreshed). The padding of a convolution that comes to lie at one "cannot be used as a value".
+    """
+
+    def script_module(model: nn.Module) -> Any:
+        gone = torch.jit._builtins._get_builtin_table()
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                kept = []
+                while id(module._reversed_padding_repeated_twice) in gone:
+                    kept.append(module._reversed_padding_repeated_twice)
+                    module._reversed_padding_repeated_twice = tuple(list(kept[-1]))
+        return torch.jit.script(model)
+
+    return script_module

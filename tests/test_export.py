@@ -72,17 +72,17 @@ def test_compiles_for_training():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-def test_torchscript(case):
+def test_torchscript(case, script):
     model, x = case
-    scripted = torch.jit.script(model)
+    scripted = script(model)
     assert_close(scripted(x), model(x))
     other = torch.randn(1, x.shape[1], 32, 35)
     assert_close(scripted(other), model(other))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-def test_torchscript_keeps_the_size_check():
-    scripted = torch.jit.script(AttentionModule(8, mask_depth=3).eval())
+def test_torchscript_keeps_the_size_check(script):
+    scripted = script(AttentionModule(8, mask_depth=3).eval())
     with pytest.raises(torch.jit.Error, match="mask_depth=3 needs a map of at least 5x5, got 4x6"):
         scripted(torch.randn(1, 8, 4, 6))
 

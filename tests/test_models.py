@@ -259,11 +259,11 @@ def test_training_step(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_set_scriptable():
+def test_set_scriptable(script):
     with set_scriptable(True):
         model = timm.create_model("plain_cnn8_cifar").eval()
     x = images(model)
-    assert_close(torch.jit.script(model)(x), model(x))
+    assert_close(script(model)(x), model(x))
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -1,0 +1,171 @@
+"""Data-parallel training: the processes that ``torchrun`` starts share each global batch.
+
+Every process draws the same order and the same augmentation for the whole batch and keeps its own slice, so the images
+of a step, the schedule and (with synchronised batch normalisation) the losses do not depend on the number of processes.
+"""
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from environment import pick_device
+from errors import RunError
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one training, and which of them this is."""
+
+    rank: int = 0
+    size: int = 1
+    # Flags travel over gloo, also beside NCCL, so that asking for them never waits for the GPU.
+    control: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that shows and writes."""
+        return self.rank == 0
+
+    def share(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return this process's slice of the global batch."""
+        rows = len(batch) // self.size
+        return batch[self.rank * rows:(self.rank + 1) * rows]
+
+    def any(self, flag: int) -> int:
+        """Return the largest ``flag`` of all processes, so that all decide alike."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([flag])
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        return int(flags.item())
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return ``tensor`` summed over the processes."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return ``tensor`` averaged over the processes."""
+        return self.sum(tensor) / self.size
+
+    def average_buffers(self, *models: nn.Module | None) -> None:
+        """Make the running statistics of ``models`` the same everywhere: their average over the processes."""
+        if self.size == 1:
+            return
+        for model in models:
+            for buffer in model.buffers() if model is not None else ():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.mean(buffer))
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process go through the block before the others, which then find its downloads."""
+        if self.size > 1 and not self.main:
+            dist.barrier(group=self.control)
+        yield
+        if self.size > 1 and self.main:
+            dist.barrier(group=self.control)
+
+
+def join_world(device_name: str | None) -> tuple[World, torch.device]:
+    """Return this process's place among those of ``torchrun``, or a world of one, and the device it trains on.
+
+    Raises:
+        RunError: ``device_name`` cannot be had.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = pick_device(device_name)
+    if size == 1:
+        return World(), device
+    if device.type == "cuda":
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise RunError(
+                f"torchrun --nproc-per-node must be at most the number of GPUs, {torch.cuda.device_count()}, "
+                f"or add --device cpu")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), size, dist.new_group(backend="gloo")), device
+
+
+def leave_world() -> None:
+    """Close the connections to the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def data_parallel(model: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """Return ``model``, wrapped where there are several processes so that its gradients are those of the global batch."""
+    if world.size == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True, **{_BUFFERS_FLAG: False})
+
+
+def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return ``model`` with batch normalisation over the global batch in place of each process's slice of it."""
+    if device.type == "cuda":
+        return convert_sync_batchnorm(model)
+    # torch's own SyncBatchNorm is for GPUs only.
+    for module in model.modules():
+        if type(module) in _SYNCED:
+            module.__class__ = _SYNCED[type(module)]
+    return model
+
+
+# The statistics of batch normalisation are averaged where they are used, not copied from the first process.
+_BUFFERS_FLAG = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(
+    nn.parallel.DistributedDataParallel).parameters else "broadcast_buffers"  # the name up to torch 2.13
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over the processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return _AllReduceSum.forward(ctx, grads[0])
+
+
+def _normalize(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    count = x.numel() // x.shape[1] * dist.get_world_size()
+    mean = _AllReduceSum.apply(x.mean((0, 2, 3))) / dist.get_world_size()
+    centred = x - mean[:, None, None]
+    var = _AllReduceSum.apply(centred.square().mean((0, 2, 3))) / dist.get_world_size()
+    with torch.no_grad():
+        assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+        norm.num_batches_tracked += 1
+        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean, momentum)
+        norm.running_var.lerp_(var * count / max(1, count - 1), momentum)
+    scale = norm.weight * torch.rsqrt(var + norm.eps)
+    return centred * scale[:, None, None] + norm.bias[:, None, None]
+
+
+class _SyncBatchNorm2d(nn.BatchNorm2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _normalize(self, input) if self.training else super().forward(input)
+
+
+class _SyncBatchNormAct2d(BatchNormAct2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(_normalize(self, x))) if self.training else super().forward(x)
+
+
+_SYNCED: dict[type, type] = {nn.BatchNorm2d: _SyncBatchNorm2d, BatchNormAct2d: _SyncBatchNormAct2d}
