@@ -157,6 +157,8 @@ def _explain_one(error: BaseException, repo_id: str, revision: str | None) -> st
     status = getattr(getattr(error, "response", None), "status_code", None)  # of whichever HTTP library
     if isinstance(status, int):
         return _explain_status(getattr(error, "server_message", None) or "", status, repo_id)
+    if by_xet := re.search(r"HTTP status (?:client|server) error \((\d{3})", str(error)):  # hf_xet only writes it out
+        return _explain_status("", int(by_xet[1]), repo_id)
     if isinstance(error, LocalEntryNotFoundError):
         # Says only that the Hub could not be reached; what comes next in the chain may say why.
         if error.__cause__ is None and error.__context__ is None:

@@ -26,6 +26,9 @@ ABOUT = (
     "Drop an image. Below it: the prediction, and over the image the mask of each Attention Module: the mean of its "
     "channels, then the channels that vary most. Nothing leaves this machine.")
 
+# Gradio's buttons lie over the upper edge of an image, where the picture of the masks has its key to the colours.
+CSS = "#masks img { padding-top: 2rem }"
+
 
 def look(path: str | None, name: str, channels: int) -> tuple[dict[str, float] | None, Image.Image | None]:
     """Return the five most probable classes and the picture of the masks; nothing for no image.
@@ -108,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         socket.create_server((args.host, args.port or 0)).close()
         _, url, _ = page.launch(
             server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True, footer_links=[],
-            prevent_thread_lock=True)
+            css=CSS, prevent_thread_lock=True)
     except OSError as error:
         where = f"{args.host}, port {args.port}" if args.port else args.host
         return fail(f"cannot listen at {where}: {error.strerror or error}")

@@ -13,6 +13,10 @@ from timm.data import create_transform, resolve_data_config
 
 # The centre crop of a network never sees the ends of a longer strip, but resizing them would take gigabytes.
 MAX_ASPECT = 16
+# What often lies beside images and is none: in a folder it is passed over without a word.
+COMPANIONS = (
+    ".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".parquet", ".pt", ".py", ".safetensors", ".txt", ".xml",
+    ".yaml", ".yml")
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -22,6 +26,8 @@ def open_image(path: str | Path) -> Image.Image:
         OSError: The file cannot be read, or not as an image; the message names it.
     """
     try:
+        if Path(path).is_fifo():
+            raise OSError("not a file")  # opening it would wait for somebody to write
         with Image.open(path) as image:
             return to_rgb(image)
     except Exception as error:  # damaged files make Pillow's decoders raise anything
@@ -54,13 +60,11 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
-    """Return the files among ``paths`` and the image files in the folders among them, and one line for each failure.
+    """Return the files among ``paths`` and in the folders among them, and one line for each failure.
 
-    A folder is walked to its end, in alphabetical order; in it, what has the suffix of an image counts as one, and
-    hidden files and folders do not.
+    A folder is walked to its end, in alphabetical order. Every file in it counts, whatever its name, so that a damaged
+    or unknown one is not lost without a word; but hidden files and folders and those in ``COMPANIONS`` do not.
     """
-    Image.init()
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files: list[Path] = []
     failures: list[str] = []
     for path in map(Path, paths):
@@ -73,7 +77,7 @@ def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             found += [
                 Path(folder, name) for name in sorted(names)
-                if not name.startswith(".") and Path(name).suffix.lower() in suffixes]
+                if not name.startswith(".") and not name.lower().endswith(COMPANIONS)]
         if not found:
             failures.append(f"{path}: no image in this folder")
         files += found

@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model.to(args.device)
     except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
         return fail(f"cannot use device {args.device}: {str(error).splitlines()[0]}")
-    title = Path(args.model.removeprefix("local-dir:")).resolve().name  # of a folder, not where it is on this machine
+    title = args.model.removeprefix("hf-hub:")
+    if title == args.model:  # of a folder its name, not where it is on this machine
+        title = Path(args.model.removeprefix("local-dir:")).resolve().name
     if not trained:
         print(f"{args.model} has no trained weights: these masks are those of random ones", file=sys.stderr)
         title += " (random weights)"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from hub_fixtures import cli, expected, hub, plain_files, run_dir  # noqa: F401 (fixtures)
+from hub_fixtures import cli, expected, hub, plain_files, run_dir, xet  # noqa: F401 (fixtures)
 
 torch.set_num_threads(1)
 

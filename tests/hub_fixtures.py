@@ -32,7 +32,7 @@ def set_constants(monkeypatch, **values):
 def hub(monkeypatch, tmp_path):
     """The stand-in, with the clients of this process pointed at it and a cache of its own."""
     with HubServer() as server:
-        # The stand-in speaks LFS over HTTP; the Xet protocol is the binary hf_xet's own.
+        # By LFS, as without hf_xet; the fixture "xet" is for the other way.
         set_constants(
             monkeypatch, ENDPOINT=server.url, HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_DISABLE_XET=True,
             HUGGINGFACE_CO_URL_TEMPLATE=server.url + "/{repo_id}/resolve/{revision}/{filename}",
@@ -41,6 +41,19 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits before each new attempt
         yield server
+
+
+@pytest.fixture
+def xet(hub, monkeypatch, tmp_path):
+    """The stand-in for clients that have hf_xet, which then send large files by its protocol."""
+    pytest.importorskip("hf_xet", reason="needs hf_xet")
+    set_constants(monkeypatch, HF_HUB_DISABLE_XET=False)
+    for name, value in {
+            "HF_XET_CACHE": str(tmp_path / "xet"), "HF_XET_XORB_COMPRESSION_POLICY": "none",
+            "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
+            "HF_XET_TELEMETRY_ENABLED": "false"}.items():
+        monkeypatch.setenv(name, value)
+    return hub
 
 
 def finish_run(folder, model_name, **args):

@@ -115,6 +115,14 @@ def test_a_person_drops_an_image(run_dir, photo, serve, capsys, tmp_path):
         page.locator("#channels input[type=number]").press("Enter")
         page.wait_for_function(f"document.querySelector('#masks img').naturalWidth < {width}")
 
+        page.locator("#masks button[aria-label='Download']").hover()
+        buttons_end, picture_starts = page.evaluate("""[
+            Math.max(...[...document.querySelectorAll('#masks button[aria-label]')]
+                .map(button => button.getBoundingClientRect().bottom)),
+            document.querySelector('#masks img').getBoundingClientRect().top
+                + parseFloat(getComputedStyle(document.querySelector('#masks img')).paddingTop)]""")
+        assert buttons_end <= picture_starts  # no button over the picture's first line
+
         page.set_viewport_size({"width": 390, "height": 844})  # a phone
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
 

@@ -130,6 +130,16 @@ def test_dry_run_sends_nothing(hub, run_dir, cli, monkeypatch):
     assert (run_dir / "hub" / "mine.txt").read_text() == "keep"
 
 
+def test_large_files_go_by_xet_if_the_client_has_it(xet, run_dir, expected, cli):
+    status, _, err = cli("push", run_dir, REPO)
+    assert (status, err) == (0, [])
+    assert xet.xorbs
+    assert not any("lfs" in path for _, path in xet.requests)
+    assert xet.repos[REPO].files["model.safetensors"] == (run_dir / "model.safetensors").read_bytes()
+    assert torch.equal(timm.create_model(f"hf-hub:{REPO}", pretrained=True).eval()(IMAGES), expected)
+    assert "nothing to push" in cli("push", run_dir, REPO)[1]
+
+
 # --- failures of a push ----------------------------------------------------------------------------------------------
 
 STEPS = ("info", "create", "validate", "preupload", "lfs_batch", "lfs_upload", "lfs_verify", "commit")
@@ -157,6 +167,24 @@ def test_failed_push_leaves_the_repository_as_it_was(hub, run_dir, cli, step, ho
     assert {name: (dict(repo.files), list(repo.messages)) for name, repo in hub.repos.items()} == before
     assert cli("push", run_dir, REPO)[0] == 0
     assert PUSHED <= set(hub.repos[REPO].files)
+
+
+@pytest.mark.parametrize("step", ["xet_token", "xet_xorb", "xet_shard"])
+@pytest.mark.parametrize(("how", "said"), [
+    ({"status": 500}, "server error 500"), ({"status": 403}, "may not write to alice/net"), ({"cut": True}, "was cut"),
+], ids=["500", "403", "cut"])
+def test_failed_push_by_xet_leaves_the_repository_as_it_was(xet, run_dir, cli, step, how, said):
+    repo = xet.add(REPO, {"README.md": b"old"})
+    xet.fail(step, **how)
+    status, _, err = cli("push", run_dir, REPO)
+    assert status == 1
+    assert len(err) == 1, err
+    assert said in err[0]
+    assert "hf_" not in err[0]
+    assert repo.messages == ["initial commit"]
+    xet.mend()
+    assert cli("push", run_dir, REPO)[0] == 0
+    assert PUSHED <= set(repo.files)
 
 
 def test_new_repository_stays_if_it_cannot_be_removed(hub, run_dir, cli):

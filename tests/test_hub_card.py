@@ -156,6 +156,23 @@ def test_card_beside_report_and_paper(tmp_path):
     assert ("paper", "naive attention learning", "5.89") in errors
 
 
+def recipe_rows(run_dir):
+    recipe = model_card(read_run(run_dir), REPO).split("\n## ")[3]
+    return re.findall(r"<td>(.*?)</td>\n<td>(.*?)</td>", render(recipe))
+
+
+def test_recipe_says_each_thing_once_and_leaves_out_what_is_off(run_dir):
+    edit(run_dir / "result.json", lambda result: result.update(processes=1, epochs=[{}] * 3, seed=5, settings={
+        "model": "plain_cnn8_cifar", "dataset": "cifar10", "recipe": "best", "epochs": 3, "seed": 0, "lr": 0.03,
+        "mixup": 0.0, "milestones": [], "resolutions": [0.0, 24, 0.4, 32], "standardize": False, "limit": 0}))
+    assert recipe_rows(run_dir) == [
+        ("recipe", "best"), ("epochs", "3"), ("seed", "0"), ("lr", "0.03"), ("resolutions", "0.0, 24, 0.4, 32"),
+        ("standardize", "False"), ("hardware", "a processor (device cpu)"), ("training time", "90 min"),
+        ("images/s", "220"), ("versions", "torch 2.9")]
+    edit(run_dir / "result.json", lambda result: result.update(processes=4))
+    assert ("processes", "4") in recipe_rows(run_dir)
+
+
 def test_text_and_code():
     assert plain(" two\r\nlines \x00\x1b[31m\ud800 ✓ ") == "two lines [31m ✓"
     assert text("a|b") == r"a\|b"

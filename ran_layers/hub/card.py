@@ -115,7 +115,7 @@ def _results(run: Run) -> str:
     published = [row for row in PUBLISHED if (row.network, row.dataset) == (network, run.dataset)]
     rows += [(row.source, row.network, row.variant, f"{row.error:.2f}") for row in published]
     table = [f"Top-1 error on the test set of {name}, in percent.", ""]
-    table += ["| source | network | | error |", "| --- | --- | --- | ---: |"]
+    table += ["| source | network | variant | error |", "| --- | --- | --- | ---: |"]
     table += [f"| {' | '.join(row)} |" for row in rows]
     if published:
         table += ["", "The report is a student's re-implementation for CIFAR, the paper is "
@@ -127,7 +127,7 @@ def _results(run: Run) -> str:
         table += ["", f"Top-5 accuracy, single view: {top5:.2f} %."]
     selection = optional(run.result, "selection", str)
     if selection:
-        table += ["", f"Selection: {text(selection)}"]
+        table += ["", f"Selection of the weights: {text(selection)}."]
     return "\n".join(table)
 
 
@@ -139,35 +139,39 @@ def _loading(run: Run, repo_id: str) -> str:
         "config = timm.data.resolve_model_data_config(model)",
         "transform = timm.data.create_transform(**config, is_training=False)",
     ]
-    install = "pip install ran-layers" if ours else "pip install timm"
+    install = "pip install timm"
+    if ours:
+        install = "pip install ran-layers  # or, in a clone of its repository: pip install ."
     return "\n\n".join((
         code(install, "sh"), code("\n".join(lines), "python"),
         "`num_classes=` and `in_chans=` adapt it to other data. The weights are safetensors."))
 
 
 def _recipe(run: Run) -> str:
-    lines = []
-    recipe, seed = optional(run.result, "recipe", str), optional(run.result, "seed", int)
+    """The command, the settings that are in use, and what they ran on; each fact once, from the settings if there."""
     epochs = optional(run.result, "epochs", list)
-    facts = [
-        ("recipe", recipe),
-        ("seed", seed),
-        ("epochs", len(epochs) if epochs else None),
-        ("training time", _duration(optional(run.result, "seconds", (int, float)))),
-        ("images/s", _rounded(optional(run.result, "images_per_s", (int, float)))),
-        ("hardware", _pairs(optional(run.result, "hardware", dict))),
-        ("versions", _pairs(optional(run.result, "versions", dict))),
-    ]
-    settings = optional(run.result, "settings", dict) or {}
-    rows = [(key, value) for key, value in facts if value is not None and value != ""]
-    rows += [(key, value) for key, value in settings.items() if value is not None]
-    if rows:
-        lines += ["| setting | value |", "| --- | --- |", *(f"| {text(key)} | {text(value)} |" for key, value in rows)]
+    processes = optional(run.result, "processes", int) or 1
+    rows = {
+        "recipe": optional(run.result, "recipe", str),
+        "epochs": len(epochs) if epochs else None,
+        "seed": optional(run.result, "seed", int),
+        **{key: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+           for key, value in (optional(run.result, "settings", dict) or {}).items()
+           if key not in ("model", "dataset") and (value or value is False or key == "seed")},
+        "hardware": _hardware(optional(run.result, "hardware", dict) or {}),
+        "processes": processes if processes > 1 else None,
+        "training time": _duration(optional(run.result, "seconds", (int, float))),
+        "images/s": _rounded(optional(run.result, "images_per_s", (int, float))),
+        "versions": _pairs(optional(run.result, "versions", dict) or {}),
+    }
+    table = [f"| {text(key)} | {text(value)} |" for key, value in rows.items() if value not in (None, "")]
     command = optional(run.result, "command", str)
-    if command:
-        lines += ["", "The command:", "", code(plain(command), "sh")]
-    lines += ["", "All settings and each epoch's figures are in [result.json](result.json)."]
-    return "\n".join(lines).strip()
+    parts = ["In a clone of ran-layers:", code(plain(command), "sh")] if command else []
+    if table:
+        parts.append("\n".join(("| setting | value |", "| --- | --- |", *table)))
+    parts.append("What is zero or empty, and so off, is not listed. All settings and each epoch's figures are in "
+                 "[result.json](result.json).")
+    return "\n\n".join(parts)
 
 
 def _limits(run: Run) -> str:
@@ -198,8 +202,14 @@ def _duration(seconds: float | None) -> str | None:
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
-def _pairs(record: dict[str, Any] | None) -> str:
-    return ", ".join(f"{key} {value}" for key, value in (record or {}).items() if value is not None)
+def _hardware(record: dict[str, Any]) -> str:
+    rest = _pairs({key: value for key, value in record.items() if key != "name"})
+    name = record.get("name")
+    return f"{name} ({rest})" if name and rest else rest or str(name or "")
+
+
+def _pairs(record: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in record.items() if value is not None)
 
 
 _CITATION = """@inproceedings{wang2017residual,
