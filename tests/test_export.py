@@ -87,6 +87,27 @@ def test_torchscript_keeps_the_size_check(script):
         scripted(torch.randn(1, 8, 4, 6))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("graph", ["script", "fx"])
+def test_graphs_keep_the_check_of_the_trunk(graph, script):
+    model = AttentionModule(8, trunk=nn.Conv2d(8, 1, 1), p=0).eval()
+    model = script(model) if graph == "script" else torch.fx.symbolic_trace(model)
+    if graph == "fx":
+        model.graph.eliminate_dead_code()
+        model.recompile()
+    with pytest.raises((ValueError, torch.jit.Error), match=r"of shape \[1, 1, 4, 6\] for an input of shape \[1, 8, 4"):
+        model(torch.randn(1, 8, 4, 6))
+
+
+@pytest.mark.parametrize("compiler", ["compile", "export"])
+def test_compilers_refuse_a_trunk_that_changes_the_shape(compiler):
+    model, x = AttentionModule(8, trunk=nn.Conv2d(8, 1, 1), p=0).eval(), torch.randn(2, 8, 4, 6)
+    run = torch.compile(model, backend="eager") if compiler == "compile" else lambda x: torch.export.export(model, (x,))
+    with pytest.raises(Exception, match="trunk must keep the shape"):
+        run(x)
+    torch._dynamo.reset()
+
+
 def test_torch_fx(case):
     model, x = case
     traced = torch.fx.symbolic_trace(model)

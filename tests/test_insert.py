@@ -1,7 +1,9 @@
 """Attention Modules in other people's networks: nothing changes at insertion, everything learns, all can be undone."""
 import copy
+import re
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import timm
@@ -197,6 +199,17 @@ def test_layouts_of_maps_are_told_apart_by_the_image_aspect_ratio() -> None:
         assert model(torch.zeros(2, 3, *size)).shape == (2, *size, 7)
 
 
+def test_the_forms_of_where_in_the_documentation() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "insert.md").read_text()
+    rows = re.search(r"\| `where` \| hosts \|\n.*\n((?:\|.*\n)+)", page)
+    assert rows
+    found = [
+        insert_attention(with_size("resnet18", 64), eval(row.split("`")[1])) for row in rows[1].splitlines()]
+    assert found == [
+        ["layer2"], ["layer2", "layer3.0"], ["act1", "layer1", "layer2", "layer3", "layer4"],
+        [f"layer{i}.{j}.conv2" for i in range(1, 5) for j in range(2)]]
+
+
 @pytest.mark.parametrize(("where", "args", "error", "message"), [
     ("layer5", {}, ValueError, r"where must name modules of ResNet, which has no 'layer5'; it has e.g. 'layer4'"),
     (lambda name, module: False, {}, ValueError, "where must find at least one module of ResNet"),
@@ -208,6 +221,7 @@ def test_layouts_of_maps_are_told_apart_by_the_image_aspect_ratio() -> None:
     ("layer4", {"mask_depth": 3}, ValueError, "'layer4' does not take its output of shape .* use a smaller mask_depth"),
     ("layer4", {"trunk": nn.Conv2d(8, 8, 1)}, ValueError, "'layer4' does not take its output of shape"),
     ("layer3", {"trunk": nn.Conv2d(256, 256, 1, stride=2)}, ValueError, "'layer3' does not take its output of shape"),
+    ("layer3", {"trunk": nn.Conv2d(256, 1, 1)}, ValueError, r"output of shape \[1, 1, 4, 4\] for an input of shape"),
     (["layer3", "layer4"], {"trunk": nn.Identity()}, ValueError, "trunk is one module and cannot be in 2 places"),
     ("layer1", {"example_input": torch.zeros(1, 1, 8, 8)}, ValueError,
      r"ResNet does not run on an input of shape \(1, 1, 8, 8\) .* pass one that it takes as example_input"),

@@ -134,6 +134,21 @@ def test_a_trunk_of_ones_own():
     assert_close(module(x), (1 + module.mask(x)) * trunk(x))
 
 
+@pytest.mark.parametrize("learning", ["residual", "naive"])
+@pytest.mark.parametrize(("trunk", "shape"), [
+    (nn.Conv2d(8, 1, 1), [2, 1, 5, 6]),
+    (nn.Conv2d(8, 16, 1), [2, 16, 5, 6]),
+    (nn.AdaptiveAvgPool2d(1), [2, 8, 1, 1]),
+    (nn.Conv2d(8, 8, 3, stride=2, padding=1), [2, 8, 3, 3]),
+    (nn.Flatten(0, 1), [16, 5, 6]),
+], ids=["1-channel", "more-channels", "1x1", "smaller", "3-dimensions"])
+def test_a_trunk_that_changes_the_shape(trunk, shape, learning):
+    module = AttentionModule(8, trunk=trunk, learning=learning).eval()
+    with pytest.raises(ValueError, match="trunk must keep the shape") as raised:
+        module(torch.randn(2, 8, 5, 6))
+    assert f"output of shape {shape} for an input of shape [2, 8, 5, 6]" in str(raised.value)
+
+
 @pytest.mark.parametrize("args", [{}, {"mask_act": "channel"}, {"mask_act": "spatial", "learning": "naive"}], ids=str)
 def test_gradcheck(args):
     module = with_weights(AttentionModule(2, t=1, bottle_ratio=0.5, **args))

@@ -5,12 +5,29 @@
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn as nn
 
 from ._args import LayerType, check_choice, check_int, check_layer
 from ._hub_mixin import HubMixin
 from .mask_branch import LocalMaskBranch, SoftMaskBranch
 from .residual_unit import ResidualUnit
+
+
+@torch.fx.wrap
+def check_trunk_shape(trunk: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the trunk's output if it has the shape of its input ``x``, and so of the mask.
+
+    Raises:
+        ValueError: It has another, which the product with the mask might broadcast without a word.
+    """
+    # Returned, not only checked, so that graph passes which drop unused nodes keep the check.
+    if trunk.shape != x.shape:
+        raise ValueError(
+            f"trunk must keep the shape of its input, got an output of shape {list(trunk.shape)} "
+            f"for an input of shape {list(x.shape)}"
+        )
+    return trunk
 
 
 class AttentionModule(nn.Module, HubMixin):
@@ -47,7 +64,7 @@ class AttentionModule(nn.Module, HubMixin):
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range; the message names it.
-        ValueError: In ``forward``, the map is too small for ``mask_depth``.
+        ValueError: In ``forward``, the map is too small for ``mask_depth``, or the trunk changes the shape.
 
     Example:
         >>> module = AttentionModule(64, mask_depth=2)
@@ -109,7 +126,7 @@ class AttentionModule(nn.Module, HubMixin):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pre(x)
-        trunk, mask = self.trunk(x), self.mask(x)
+        trunk, mask = check_trunk_shape(self.trunk(x), x), self.mask(x)
         # addcmul is trunk + mask * trunk in one pass: (1 + mask) * trunk without the map 1 + mask.
         x = torch.addcmul(trunk, mask, trunk) if self.residual else mask * trunk
         return self.post(x)
