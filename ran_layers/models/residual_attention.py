@@ -15,52 +15,20 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import calculate_drop_path_rates
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from ..layers import AttentionModule, ResidualUnit, ResNeXtUnit
-from ..layers._args import LayerType, check_fraction, check_int, check_layer, resolve_norm_act
+from ..layers._args import LayerType, check_layer, resolve_norm_act
 from ..layers.residual_unit import is_preact
 from ._cifar import cifar_cfgs
 from ._pretrained import safetensors_only
+from ._timm_interface import Stage, StagedNet
 
 __all__ = ["ResidualAttentionNet"]
 
 
-class Stage(nn.Module):
-    """One stage: an opening unit that sets channels and resolution, Attention Modules, closing units."""
-
-    def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            stride: int,
-            *,
-            modules: int,
-            closing_units: int,
-            drop_paths: Sequence[float],
-            unit_layer: Any,
-            unit_args: dict[str, Any],
-            attention_args: dict[str, Any],
-    ) -> None:
-        super().__init__()
-        rates = iter(drop_paths)
-        self.grad_checkpointing = False
-        self.blocks = nn.Sequential(
-            unit_layer(in_channels, out_channels, stride, drop_path=next(rates), **unit_args),
-            *(AttentionModule(out_channels, drop_path=next(rates), unit_layer=unit_layer, **attention_args, **unit_args)
-              for _ in range(modules)),
-            *(unit_layer(out_channels, drop_path=next(rates), **unit_args) for _ in range(closing_units)),
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
-class ResidualAttentionNet(nn.Module):
+class ResidualAttentionNet(StagedNet):
     """Residual Attention Network (Wang et al. 2017, Table 2 and section 4.1).
 
     Shapes:
@@ -107,7 +75,7 @@ class ResidualAttentionNet(nn.Module):
             device: Any = None,
             dtype: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, in_chans, drop_rate, drop_path_rate)
         dd = {"device": device, "dtype": dtype}
         unit_args: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
         norm_act = resolve_norm_act(norm_layer, act_layer)
@@ -115,45 +83,36 @@ class ResidualAttentionNet(nn.Module):
             raise ValueError(
                 f"channels, modules, closing_units and mask_depths must have one entry per stage, got {channels}, "
                 f"{modules}, {closing_units}, {mask_depths}")
-        check_int("num_classes", num_classes, 0)
-        check_int("in_chans", in_chans, 1)
-        check_fraction("drop_rate", drop_rate, zero=True, one=False)
-        check_fraction("drop_path_rate", drop_path_rate, zero=True, one=False)
         check_layer("unit_layer", unit_layer)
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
 
         self.stem, reduction = _create_stem(stem_type, in_chans, stem_chs, norm_act, dd)
+        self.stem_levels = 1
         self.stem_feat_idx = 1 if stem_type == "7x7" else 0  # the last map before the stem's pooling
         stem_feat = list(self.stem._modules)[self.stem_feat_idx]
         feature_info: list[dict[str, Any]] = [
             dict(num_chs=stem_chs, reduction=1 if stem_type == "3x3" else 2, module=f"stem.{stem_feat}")]
         depths = [1 + m + c for m, c in zip(modules, closing_units)]
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        self.stages = nn.Sequential()
         in_channels = stem_chs
         for i, out_channels in enumerate(channels):
             stride = 1 if i == 0 else 2
-            self.stages.append(Stage(
-                in_channels, out_channels, stride,
-                modules=modules[i],
-                closing_units=closing_units[i],
-                drop_paths=drop_paths[i],
-                unit_layer=unit_layer,
-                unit_args=unit_args,
-                attention_args={"mask_depth": mask_depths[i], **(attention_args or {})},
-            ))
+            rates = iter(drop_paths[i])
+            module_args = {"mask_depth": mask_depths[i], **(attention_args or {})}
+            # A unit that sets channels and resolution, Attention Modules, closing units.
+            self.stages.append(Stage(nn.Sequential(
+                unit_layer(in_channels, out_channels, stride, drop_path=next(rates), **unit_args),
+                *(AttentionModule(
+                    out_channels, drop_path=next(rates), unit_layer=unit_layer, **module_args, **unit_args)
+                  for _ in range(modules[i])),
+                *(unit_layer(out_channels, drop_path=next(rates), **unit_args) for _ in range(closing_units[i])),
+            )))
             in_channels = out_channels
             reduction *= stride
             feature_info.append(dict(num_chs=out_channels, reduction=reduction, module=f"stages.{i}"))
 
-        self.feature_info = feature_info
-        self.num_features = in_channels
         # Units that are not pre-activated (ResNeXt) end in their own ReLU.
         self.norm = norm_act(in_channels, **dd) if is_preact(unit_layer) else nn.Identity()
-        self.head = ClassifierHead(in_channels, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = in_channels * self.head.global_pool.feat_mult()
+        self.set_head(feature_info, global_pool, dd)
         self.init_weights()
 
     @torch.jit.ignore
@@ -173,100 +132,6 @@ class ResidualAttentionNet(nn.Module):
         """Patterns that put the parameters into ordered groups, for timm's layer decay."""
         fine = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else fine)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade computation for memory: recompute each stage's blocks in the backward pass."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one of ``num_classes`` (0 for none), and the pooling if given."""
-        self.num_classes = num_classes
-        self.head.in_features = self.num_features  # fewer than at first if stages were pruned
-        self.head.reset(num_classes, global_pool)
-        self.head.to(next(self.parameters()))  # its device and dtype
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
-
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: int | list[int] | None = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = "NCHW",
-            intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the last features and the stem's and stages' feature maps.
-
-        Args:
-            x: Images.
-            indices: Take the last n maps if an int, all if None, those named if a list (0 is the stem).
-            norm: Apply the final norm to the last stage's map.
-            stop_early: Stop at the last map that was asked for.
-            output_fmt: 'NCHW', the only form there is; any other raises a ``ValueError``.
-            intermediates_only: Return the maps alone.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got '{output_fmt}'")
-        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
-        intermediates = []
-        for i, layer in enumerate(self.stem):
-            x = layer(x)
-            if i == self.stem_feat_idx and 0 in take_indices:
-                intermediates.append(x)
-
-        last = len(self.stages)
-        if torch.jit.is_scripting() or not stop_early:  # a slice cannot be scripted
-            stages = self.stages
-        else:
-            stages = self.stages[:max_index]
-        index = 0
-        for index, stage in enumerate(stages, start=1):
-            x = stage(x)
-            if index in take_indices:
-                intermediates.append(self.norm(x) if norm and index == last else x)
-        if intermediates_only:
-            return intermediates
-        if index == last:
-            x = self.norm(x)
-        return x, intermediates
-
-    def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
-        """Drop what is not needed for the intermediate feature maps ``indices``; return their indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
-        cut = max_index < len(self.stages)
-        self.stages = self.stages[:max_index]
-        if max_index == 0:
-            self.stem = self.stem[:self.stem_feat_idx + 1]
-        if prune_norm or cut:
-            self.norm = nn.Identity()
-        if cut:
-            self.num_features = self.feature_info[max_index]["num_chs"]
-        if prune_head or cut:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the normalised map of the last stage, ``(batch, num_features, height, width)``."""
-        return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Pool and classify; stop before the classifier if ``pre_logits``."""
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _create_stem(

@@ -1,0 +1,154 @@
+"""timm's model interface for networks of a stem, stages, a norm and a head: what the networks here have in common."""
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.layers import ClassifierHead
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+
+from ..layers._args import check_fraction, check_int
+
+
+class Stage(nn.Module):
+    """Blocks that run one after the other; their activations are recomputed if ``grad_checkpointing`` is set."""
+
+    def __init__(self, blocks: nn.Sequential) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.blocks = blocks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class StagedNet(nn.Module):
+    """Base class of the networks: ``head(norm(stages(stem(x))))``.
+
+    A network checks its arguments by this constructor, then sets ``stem`` and ``norm`` if it has them, fills
+    ``stages`` with one :class:`Stage` a resolution, and ends with :meth:`set_head`. It adds its ``group_matcher``.
+
+    Shapes:
+        input ``(batch, in_chans, height, width)``; logits ``(batch, num_classes)``.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type or outside its range; the message names it.
+    """
+
+    def __init__(self, num_classes: int, in_chans: int, drop_rate: float, drop_path_rate: float) -> None:
+        super().__init__()
+        self.num_classes = check_int("num_classes", num_classes, 0)
+        self.in_chans = check_int("in_chans", in_chans, 1)
+        self.drop_rate = check_fraction("drop_rate", drop_rate, zero=True, one=False)
+        check_fraction("drop_path_rate", drop_path_rate, zero=True, one=False)
+        self.stem = nn.Sequential()
+        self.stem_levels = 0  # feature levels of the stem: 1 if its layer `stem_feat_idx` gives one
+        self.stem_feat_idx = 0
+        self.stages = nn.Sequential()
+        self.norm: nn.Module = nn.Identity()
+
+    def set_head(self, feature_info: list[dict[str, Any]], global_pool: str, dd: dict[str, Any]) -> None:
+        """Put the classifier behind the last of the feature levels, which ``feature_info`` describes in timm's form."""
+        self.feature_info = feature_info
+        self.num_features: int = feature_info[-1]["num_chs"]
+        self.head = ClassifierHead(
+            self.num_features, self.num_classes, pool_type=global_pool, drop_rate=self.drop_rate, **dd)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade computation for memory: recompute each stage's blocks in the backward pass."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one of ``num_classes`` (0 for none), and the pooling if given."""
+        self.num_classes = num_classes
+        self.head.in_features = self.num_features  # fewer than at first if stages were pruned
+        self.head.reset(num_classes, global_pool)
+        self.head.to(next(self.parameters()))  # its device and dtype
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: int | list[int] | None = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = "NCHW",
+            intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the last features and the feature maps of the stem, if it gives one, and the stages.
+
+        Args:
+            x: Images.
+            indices: Take the last n maps if an int, all if None, those named if a list (0 is the first level).
+            norm: Apply the final norm to the last stage's map.
+            stop_early: Stop at the last map that was asked for.
+            output_fmt: 'NCHW', the only form there is; any other raises a ``ValueError``.
+            intermediates_only: Return the maps alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got '{output_fmt}'")
+        levels = self.stem_levels + len(self.stages)
+        take_indices, max_index = feature_take_indices(levels, indices)
+        intermediates = []
+        for i, layer in enumerate(self.stem):
+            x = layer(x)
+            if self.stem_levels and i == self.stem_feat_idx and 0 in take_indices:
+                intermediates.append(x)
+
+        if torch.jit.is_scripting() or not stop_early:  # a slice cannot be scripted
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index + 1 - self.stem_levels]
+        level = self.stem_levels
+        for stage in stages:
+            x = stage(x)
+            if level in take_indices:
+                intermediates.append(self.norm(x) if norm and level == levels - 1 else x)
+            level += 1
+        if intermediates_only:
+            return intermediates
+        if level == levels:
+            x = self.norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: int | list[int] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Drop what is not needed for the intermediate feature maps ``indices``; return their indices."""
+        levels = self.stem_levels + len(self.stages)
+        take_indices, max_index = feature_take_indices(levels, indices)
+        cut = max_index < levels - 1
+        self.stages = self.stages[:max_index + 1 - self.stem_levels]
+        if not len(self.stages):
+            self.stem = self.stem[:self.stem_feat_idx + 1]
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if cut:
+            self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the normalised map of the last stage, ``(batch, num_features, height, width)``."""
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool and classify; stop before the classifier if ``pre_logits``."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
