@@ -7,6 +7,29 @@ import math
 
 import torch
 import torch.nn.functional as F
+from recipes import Recipe, resolution_at
+
+
+def augment_batch(
+        images: torch.Tensor, flip: torch.Tensor, targets: torch.Tensor, recipe: Recipe, progress: float,
+        mean: torch.Tensor, std: torch.Tensor, generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the network sees of a batch at ``progress`` of the training, and the targets mixed alike.
+
+    Args:
+        images: uint8 ``(batch, height, width, channels)``.
+        flip: Which images to mirror, ``(batch,)``; the recipe's ``flip`` decides that over whole epochs.
+        targets: Class probabilities ``(batch, classes)``.
+        mean, std: Of the pixels in [0, 255], per channel.
+    """
+    x = crop_flip(images, flip, recipe.pad, recipe.pad_mode, generator)
+    x = normalize(x, mean, std)
+    if recipe.rotate or recipe.shift:
+        x = rotate_shift(x, recipe.rotate, recipe.shift, generator)
+    x = resize(x, resolution_at(recipe, progress, x.shape[-1]))
+    if recipe.cutout:
+        x = cutout(x, recipe.cutout, generator)
+    return mix(x, targets, recipe.mixup, recipe.cutmix, generator)
 
 
 def crop_flip(
@@ -36,7 +59,7 @@ def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
 
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """uint8 ``(batch, height, width, channels)`` to float ``(batch, channels, height, width)``, channels last."""
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+    return ((images.to(mean.dtype) - mean) / std).permute(0, 3, 1, 2)
 
 
 def rotate_shift(images: torch.Tensor, degrees: float, shift: float, generator: torch.Generator) -> torch.Tensor:

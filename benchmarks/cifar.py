@@ -19,9 +19,9 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
-import augment
 import torch
 import torch.nn.functional as F
+from augment import augment_batch
 from checkpoint import (
     FILE_NAME,
     load_checkpoint,
@@ -32,13 +32,22 @@ from checkpoint import (
     without_prefix,
     write_atomic,
 )
-from data import DATASETS, Dataset, load_dataset
+from data import DATASETS, Dataset, corrupt_labels, load_dataset
 from display import Display, draw_curves, draw_masks_of, duration, show_plan
 from distributed import data_parallel, join_world, leave_world, sync_batch_norm
-from environment import bf16_is_fast, hardware, pick_device, versions
+from environment import (
+    bf16_is_fast,
+    compile_model,
+    hardware,
+    pick_device,
+    price_of_determinism,
+    use_deterministic_kernels,
+    versions,
+    warm_up,
+)
 from errors import RunError
 from evaluate import count_macs, evaluate, export_model, load_exported
-from recipes import CHOICES, RECIPES, Recipe, lr_scale, make_optimizer, make_recipe, resolution_at
+from recipes import CHOICES, RECIPES, Recipe, lr_scale, make_optimizer, make_recipe, resolutions
 from timm import create_model, is_model
 from timm.utils import ModelEmaV3
 
@@ -64,6 +73,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-every", type=int, default=0, metavar="EPOCHS",
                         help="evaluate on the test set as training goes on, for curves; nothing is picked by it")
     parser.add_argument("--limit", type=int, default=0, metavar="ROWS", help="train on the first ROWS images only")
+    parser.add_argument("--label-noise", type=float, default=0.0, metavar="SHARE",
+                        help="give this share of the training images a wrong label (the paper's section 4.1)")
+    parser.add_argument("--deterministic", action="store_true",
+                        help="same weights from the same seed on a GPU too, and what that costs; a CPU always does so")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/MODEL-DATASET-RECIPE-SEED)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the finished run in --out")
@@ -128,10 +141,12 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> torc
 
 
 def train(args: argparse.Namespace) -> None:
-    out: Path = args.out
     world, device = join_world(args.device)
     recipe_name = args.recipe or ("best" if device.type == "cuda" else "quick")
     recipe = make_recipe(recipe_name, args.dataset, args.overrides)
+    out: Path = args.out or Path("runs") / f"{args.model}-{args.dataset}-{recipe_name}-{args.seed}"
+    if args.deterministic:
+        use_deterministic_kernels()
     if args.precision is None:
         args.precision = "bf16" if bf16_is_fast(device) else "fp32"
 
@@ -142,7 +157,7 @@ def train(args: argparse.Namespace) -> None:
     # Everything that decides the result; a checkpoint made under other settings is refused.
     settings = dict(
         model=args.model, model_kwargs=args.model_kwargs, dataset=args.dataset, recipe=recipe_name, **asdict(recipe),
-        seed=args.seed, precision=args.precision, holdout=args.holdout, limit=args.limit,
+        seed=args.seed, precision=args.precision, holdout=args.holdout, limit=args.limit, label_noise=args.label_noise,
         bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
     settings = json.loads(json.dumps(settings))
     tensors: dict[str, torch.Tensor] = {}
@@ -171,6 +186,10 @@ def train(args: argparse.Namespace) -> None:
             raise RunError(f"--holdout must be below the {len(images)} training images, got {args.holdout}")
         eval_split, eval_images, eval_labels = "held-out", images[-args.holdout:], labels[-args.holdout:]
         images, labels = images[:-args.holdout], labels[:-args.holdout]
+    if not 0 <= args.label_noise <= 1:
+        raise RunError(f"--label-noise must be from 0 to 1, got {args.label_noise:g}")
+    if args.label_noise:
+        labels = corrupt_labels(labels, len(data.class_names), args.label_noise, args.seed)
     images, labels = images.to(device), labels.to(device)
     if len(images) < recipe.batch_size:
         raise RunError(f"--batch-size {recipe.batch_size} is above the {len(images)} training images")
@@ -192,10 +211,10 @@ def train(args: argparse.Namespace) -> None:
             ema.load_state_dict(without_prefix("ema", tensors))
     if world.rank:
         torch.manual_seed(args.seed + world.rank)  # dropout and stochastic depth differ between the slices
-    forward = data_parallel(sync_batch_norm(model, device) if sync_bn else model, world, device)
-    if device.type == "cuda":
-        forward = torch.compile(forward)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    forward = compile_model(data_parallel(sync_batch_norm(model, device) if sync_bn else model, world, device), device)
+    shapes = [(recipe.batch_size // world.size, images.shape[-1], side, side)
+              for side in resolutions(recipe, images.shape[1])]
 
     steps_per_epoch = len(images) // recipe.batch_size
     total_steps = recipe.epochs * steps_per_epoch
@@ -211,6 +230,16 @@ def train(args: argparse.Namespace) -> None:
     }
     if world.main:
         show_plan(plan)
+    compile_seconds = 0.0
+    if device.type == "cuda":
+        compile_seconds = warm_up(forward, model, shapes, autocast)
+        if world.main:
+            print(f"compiled in {duration(compile_seconds)}", flush=True)
+    price = None
+    if args.deterministic and device.type == "cuda":
+        price = price_of_determinism(model, shapes[-1], autocast)
+        if world.main:
+            print(f"--deterministic: {price:.1%} more time a step", flush=True)
 
     stop = {"signal": 0}
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -227,6 +256,9 @@ def train(args: argparse.Namespace) -> None:
         named.update(extra, torch_rng=torch.get_rng_state())
         save_checkpoint(out, named, {"step": step, "epochs": epochs, "seconds": seconds, "settings": settings})
 
+    # Alternate flips: one half of the images is mirrored in even epochs, the other in odd ones.
+    always_flip = torch.rand(
+        len(images), generator=torch.Generator(device).manual_seed(args.seed), device=device) < 0.5
     step: int = state["step"]
     epochs: list[dict[str, Any]] = state["epochs"]
     seconds_before: float = state["seconds"]
@@ -240,8 +272,6 @@ def train(args: argparse.Namespace) -> None:
             # One generator an epoch, so that an epoch's order follows from seed and epoch alone.
             generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + epoch)
             order = torch.randperm(len(images), generator=generator, device=device)
-            always_flip = torch.rand(
-                len(images), generator=torch.Generator(device).manual_seed(args.seed), device=device) < 0.5
             sums = torch.zeros(2, device=device)  # of loss and correct answers, read once an epoch
             if in_epoch:
                 generator.set_state(tensors["generator"])
@@ -260,16 +290,8 @@ def train(args: argparse.Namespace) -> None:
                     flip = torch.rand(len(rows), generator=generator, device=device) < 0.5
                 else:
                     flip = torch.zeros(len(rows), dtype=torch.bool, device=device)
-                x = augment.crop_flip(images[rows], flip, recipe.pad, recipe.pad_mode, generator)
-                x = augment.normalize(x, mean, std)
-                if recipe.rotate or recipe.shift:
-                    x = augment.rotate_shift(x, recipe.rotate, recipe.shift, generator)
-                x = augment.resize(x, resolution_at(recipe, progress, x.shape[-1]))
-                if recipe.cutout:
-                    x = augment.cutout(x, recipe.cutout, generator)
-                targets = F.one_hot(y, len(data.class_names)).float()
-                x, targets = augment.mix(x, targets, recipe.mixup, recipe.cutmix, generator)
-
+                targets = F.one_hot(y, len(data.class_names)).to(mean.dtype)
+                x, targets = augment_batch(images[rows], flip, targets, recipe, progress, mean, std, generator)
                 x, y, targets = world.share(x), world.share(y), world.share(targets)
 
                 with autocast:
@@ -334,7 +356,7 @@ def train(args: argparse.Namespace) -> None:
     export_model(final, out, model.model_kwargs)
     write_result(args, out, data, dict(
         model=args.model, dataset=args.dataset, recipe=recipe_name, settings=settings, params=params, macs=macs,
-        seed=args.seed, epochs=epochs, seconds=seconds,
+        seed=args.seed, epochs=epochs, seconds=seconds, compile_seconds=compile_seconds, deterministic_price=price,
         images_per_s=recipe.epochs * steps_per_epoch * recipe.batch_size / sum(row["seconds"] for row in epochs),
         hardware=hardware(device), versions=versions(),
         processes=world.size, command=command(args.argv, world.size, places=False),
@@ -349,8 +371,9 @@ def write_result(args: argparse.Namespace, out: Path, data: Dataset, result: dic
                  autocast: Any) -> None:
     """Evaluate the exported model on the test set, write result.json and the pictures, and print the figure."""
     model = load_exported(out).to(device, memory_format=torch.channels_last)
-    scores = evaluate(model, data.test_images, data.test_labels, device, autocast)
-    flipped = evaluate(model, data.test_images, data.test_labels, device, autocast, flip=True)
+    scorer = compile_model(model, device)
+    scores = evaluate(scorer, data.test_images, data.test_labels, device, autocast)
+    flipped = evaluate(scorer, data.test_images, data.test_labels, device, autocast, flip=True)
     result["final"] = dict(scores, error=100 - scores["top1"], top1_flip=flipped["top1"])
     write_atomic(out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     title = f"{args.model} on {args.dataset}: {result['final']['error']:.2f} % test error"
@@ -369,6 +392,8 @@ def print_final(result: dict[str, Any], out: Path) -> None:
 
 
 def eval_only(args: argparse.Namespace) -> None:
+    if args.out is None:
+        raise RunError("--eval-only needs --out, the folder of a finished run")
     try:
         result = json.loads((args.out / "result.json").read_text())
     except (OSError, ValueError) as error:
@@ -384,9 +409,6 @@ def eval_only(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.out is None:
-        recipe = args.recipe or ("best" if pick_device(args.device).type == "cuda" else "quick")
-        args.out = Path("runs") / f"{args.model}-{args.dataset}-{recipe}-{args.seed}"
     try:
         eval_only(args) if args.eval_only else train(args)
     except (RunError, OSError) as error:

@@ -72,6 +72,17 @@ def load_dataset(name: str, data_dir: str | None = None) -> Dataset:
     )
 
 
+def corrupt_labels(labels: torch.Tensor, classes: int, share: float, seed: int) -> torch.Tensor:
+    """Return ``labels`` of which each is wrong with probability ``share``, all wrong classes equally likely.
+
+    The paper's uniform label noise (section 4.1, "Noisy label robustness").
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.rand(len(labels), generator=generator) < share
+    offset = torch.randint(1, classes, (len(labels),), generator=generator)
+    return torch.where(wrong, (labels + offset) % classes, labels)
+
+
 def read_split(
         name: str, split: str, data_dir: str | None = None, rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:

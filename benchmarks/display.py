@@ -40,7 +40,8 @@ def show_plan(rows: dict[str, str]) -> None:
 class Display:
     """Progress of a training: a bar with loss, accuracy, images/s and time left; one line an epoch on a pipe."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int, batch_size: int, first_step: int, quiet: bool = False) -> None:
+    def __init__(
+            self, epochs: int, steps_per_epoch: int, batch_size: int, first_step: int, quiet: bool = False) -> None:
         self.epochs, self.steps_per_epoch, self.batch_size = epochs, steps_per_epoch, batch_size
         self.start, self.first_step = time.perf_counter(), first_step
         self.console = Console()

@@ -105,7 +105,7 @@ def leave_world() -> None:
 
 
 def data_parallel(model: nn.Module, world: World, device: torch.device) -> nn.Module:
-    """Return ``model``, wrapped where there are several processes so that its gradients are those of the global batch."""
+    """Return ``model``, wrapped among several processes so that its gradients are those of the global batch."""
     if world.size == 1:
         return model
     return nn.parallel.DistributedDataParallel(
@@ -126,7 +126,7 @@ def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
 
 # The statistics of batch normalisation are averaged where they are used, not copied from the first process.
 _BUFFERS_FLAG = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(
-    nn.parallel.DistributedDataParallel).parameters else "broadcast_buffers"  # the name up to torch 2.13
+    nn.parallel.DistributedDataParallel).parameters else "broadcast_buffers"  # its older name
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -149,7 +149,9 @@ def _normalize(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
     centred = x - mean[:, None, None]
     var = _AllReduceSum.apply(centred.square().mean((0, 2, 3))) / dist.get_world_size()
     with torch.no_grad():
-        assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
         norm.num_batches_tracked += 1
         momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
         norm.running_mean.lerp_(mean, momentum)

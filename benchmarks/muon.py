@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
         # Largest first, dealt out in turn: about equal work, and the same deal everywhere.
         dealt = sorted(range(len(updates)), key=lambda i: (-updates[i].numel() * len(updates[i]), i))
         mine = dealt[rank::size]
-        flat = torch.zeros(sum(update.numel() for update in updates), device=updates[0].device)
+        flat = updates[0].new_zeros(sum(update.numel() for update in updates))
         views = [part.view(update.shape) for part, update in zip(flat.split([u.numel() for u in updates]), updates)]
         for i, update in zip(mine, orthogonalize([updates[i] for i in mine])):
             views[i].copy_(update)

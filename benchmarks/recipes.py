@@ -109,6 +109,12 @@ def resolution_at(recipe: Recipe, progress: float, full: int) -> int:
     return full
 
 
+def resolutions(recipe: Recipe, full: int) -> list[int]:
+    """Sides of the training images in the order in which they come."""
+    changes = sorted({0.0, *recipe.resolutions[::2]})
+    return list(dict.fromkeys(resolution_at(recipe, start, full) for start in changes))
+
+
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """Return the recipe's optimiser; weight decay is for the weights of convolutions and linear layers only.
 

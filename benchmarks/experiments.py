@@ -1,0 +1,249 @@
+"""The experiments of `study.py`, as data: the report's tables, the paper's ablations, and what we ask ourselves.
+
+An experiment is one command of `cifar.py`, but for its seed. A table compares experiments that share every setting
+but the one it is about; the same experiment may stand in several.
+"""
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ran_layers.published import LABEL_NOISE, PUBLISHED, Published
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arguments of `cifar.py`."""
+
+    model: str = "ran_att56_cifar"
+    dataset: str = "cifar10"
+    recipe: str = "best"
+    model_kwargs: tuple[tuple[str, Any], ...] = ()
+    args: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1)
+
+    def arguments(self) -> list[str]:
+        """Return the command line after `cifar.py`, without the seed."""
+        words = ["--model", self.model, "--dataset", self.dataset, "--recipe", self.recipe]
+        if self.model_kwargs:
+            words += ["--model-kwargs", *(f"{key}={json.dumps(value)}" for key, value in self.model_kwargs)]
+        return [*words, *self.args]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: what it is called, whose result it shows, the published figure beside it, and the
+    experiment that it is compared with."""
+
+    label: str
+    experiment: str
+    published: Published | None = None
+    against: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A comparison, with what it is about."""
+
+    title: str
+    text: str
+    rows: tuple[Row, ...]
+
+
+def attention(**kwargs: Any) -> tuple[tuple[str, Any], ...]:
+    """Arguments of every Attention Module of a network."""
+    return (("attention_args", kwargs),)
+
+
+def trunk(*units: int) -> tuple[tuple[str, Any], ...]:
+    """A network without Attention Modules, with so many units in each stage after the opening one."""
+    return (("modules", [0] * len(units)), ("closing_units", list(units)))
+
+
+def cite(source: str, network: str, dataset: str = "cifar10", variant: str = "") -> Published:
+    """Return the one published figure that fits."""
+    (found,) = (row for row in PUBLISHED if row[:3] == (source, network, dataset) and row.variant == variant)
+    return found
+
+
+def noise(network: str, share: float) -> Published:
+    """Return the paper's figure under label noise."""
+    return Published("paper", network, "cifar10", LABEL_NOISE[network][share], f"{share:.0%} noise")
+
+
+# Depths of which the paper states an error.
+_PAPER = {"cifar10": (56, 92, 128, 164, 236, 452), "cifar100": (92, 236, 452)}
+_NAIVE = "naive attention learning"
+_NOISE = (0.1, 0.3, 0.5, 0.7)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    # The report's networks, its recipe and ours.
+    **{
+        f"att{depth}-{dataset}-{recipe}": Experiment(f"ran_att{depth}_cifar", dataset, recipe)
+        for recipe in ("report", "best") for dataset in ("cifar10", "cifar100") for depth in (56, 92)
+    },
+    # The paper's networks, its recipe and ours.
+    **{
+        f"orig{depth}-{dataset}-{recipe}": Experiment(f"ran_att{depth}_cifar_orig", dataset, recipe)
+        for recipe in ("paper", "best") for dataset, depths in _PAPER.items() for depth in depths
+    },
+    # Naive attention learning: M * T instead of (1 + M) * T.
+    "att56-naive-report": Experiment(recipe="report", model_kwargs=attention(learning="naive")),
+    "att56-naive-best": Experiment(model_kwargs=attention(learning="naive")),
+    **{
+        f"orig{depth}-naive-paper": Experiment(
+            f"ran_att{depth}_cifar_orig", recipe="paper", model_kwargs=attention(learning="naive"))
+        for depth in (56, 92, 128, 164)
+    },
+    # Masks without the way down and up.
+    "att56-local-best": Experiment(model_kwargs=attention(mask="local")),
+    "orig56-local-paper": Experiment("ran_att56_cifar_orig", recipe="paper", model_kwargs=attention(mask="local")),
+    # Baselines. The trunks alone: as deep as Attention-56's, of equal MACs, of equal parameters.
+    "plain8-report": Experiment("plain_cnn8_cifar", recipe="report"),
+    "plain8-best": Experiment("plain_cnn8_cifar"),
+    "resnet18-best": Experiment("resnet18_cifar"),
+    "trunk56-best": Experiment(model_kwargs=trunk(4, 4, 4, 2)),
+    "trunk56-macs-best": Experiment(model_kwargs=trunk(8, 6, 6, 2)),
+    "trunk56-params-best": Experiment(model_kwargs=trunk(8, 8, 9, 2)),
+    # Optimiser and batch size, the report's section 4.
+    **{
+        f"att56-sgd{batch}-report": Experiment(recipe="report", args=("--batch-size", str(batch)))
+        for batch in (32, 256)
+    },
+    **{
+        f"att56-adam{batch}-report": Experiment(
+            recipe="report", args=("--optimizer", "adam", "--lr", "0.001", "--batch-size", str(batch)))
+        for batch in (32, 64, 256)
+    },
+    "att56-sgd-best": Experiment(
+        args=("--optimizer", "sgd", "--lr", "0.3", "--weight-decay", "5e-4")),
+    # The mask's activation.
+    **{
+        f"{network}-{kind}-{recipe}": Experiment(model, recipe=recipe, model_kwargs=attention(mask_act=kind))
+        for network, model, recipe in (
+            ("orig56", "ran_att56_cifar_orig", "paper"), ("att56", "ran_att56_cifar", "best"))
+        for kind in ("channel", "spatial")
+    },
+    # Label noise; the plain network is Attention-92's trunk with units added until it has as many parameters.
+    **{
+        f"orig92-noise{share:.0%}-paper".replace("%", ""): Experiment(
+            "ran_att92_cifar_orig", recipe="paper", args=("--label-noise", str(share)))
+        for share in _NOISE
+    },
+    **{
+        f"trunk92-noise{share:.0%}-paper".replace("%", ""): Experiment(
+            "ran_att92_cifar_orig", recipe="paper", model_kwargs=trunk(20, 20, 18), args=("--label-noise", str(share)))
+        for share in _NOISE
+    },
+    # Past the paper.
+    **{
+        f"{name}-{dataset}-full": Experiment(model, dataset, args=("--epochs", "200", *args), seeds=(0,))
+        for dataset in ("cifar10", "cifar100") for name, model, args in (
+            ("orig92", "ran_att92_cifar_orig", ("--cutout", "8")),
+            ("wide92", "ran_att92_cifar_wide", ("--cutout", "8", "--cutmix", "1")))
+    },
+}
+
+_DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+
+TABLES: dict[str, Table] = {
+    "report": Table(
+        "The report's networks",
+        "The report's Attention-92 came out worse than its Attention-56 on CIFAR-10. Its recipe, and ours.",
+        tuple(
+            Row(f"Attention-{depth}, {_DATASETS[dataset]}, recipe `{recipe}`", f"att{depth}-{dataset}-{recipe}",
+                cite("report", f"Attention-{depth}", dataset), f"att56-{dataset}-{recipe}" if depth > 56 else "")
+            for dataset in ("cifar10", "cifar100") for recipe in ("report", "best") for depth in (56, 92)),
+    ),
+    "paper": Table(
+        "The paper's networks", "Section 4.1 and Table 6 of the paper, single model.",
+        tuple(
+            Row(f"Attention-{depth}, {_DATASETS[dataset]}, recipe `{recipe}`", f"orig{depth}-{dataset}-{recipe}",
+                cite("paper", f"Attention-{depth}", dataset), f"orig92-{dataset}-{recipe}" if depth != 92 else "")
+            for dataset, depths in _PAPER.items() for recipe in ("paper", "best") for depth in depths),
+    ),
+    "learning": Table(
+        "Attention residual learning against naive attention learning",
+        "`(1 + M) * T` against `M * T`: the report's comparison, and the paper's Table 3.",
+        (
+            Row("Attention-56 (report), residual, recipe `best`", "att56-cifar10-best"),
+            Row("Attention-56 (report), naive, recipe `best`", "att56-naive-best", against="att56-cifar10-best"),
+            Row("Attention-56 (report), residual, recipe `report`", "att56-cifar10-report",
+                cite("report", "Attention-56")),
+            Row("Attention-56 (report), naive, recipe `report`", "att56-naive-report",
+                cite("report", "Attention-56", variant=_NAIVE), "att56-cifar10-report"),
+            *(Row(f"Attention-{depth} (paper), {form}", f"orig{depth}-{name}-paper",
+                  cite("paper", f"Attention-{depth}", variant=_NAIVE if form == "naive" else ""),
+                  f"orig{depth}-cifar10-paper" if form == "naive" else "")
+              for depth in (56, 92, 128, 164) for form, name in (("residual", "cifar10"), ("naive", "naive"))),
+        ),
+    ),
+    "mask": Table(
+        "Soft mask branch against local mask branch", "Bottom-up top-down masks against masks of local convolutions "
+        "(the paper's Table 4).",
+        (
+            Row("Attention-56 (report), soft", "att56-cifar10-best"),
+            Row("Attention-56 (report), local", "att56-local-best", against="att56-cifar10-best"),
+            Row("Attention-56 (paper), soft", "orig56-cifar10-paper", cite("paper", "Attention-56")),
+            Row("Attention-56 (paper), local", "orig56-local-paper",
+                cite("paper", "Attention-56", variant="local convolutions as mask"), "orig56-cifar10-paper"),
+        ),
+    ),
+    "baselines": Table(
+        "What the attention is worth", "Attention-56 of the report's widths against networks without masks, "
+        "under one recipe.",
+        (
+            Row("Attention-56", "att56-cifar10-best"),
+            Row("its trunk alone", "trunk56-best", against="att56-cifar10-best"),
+            Row("its trunk alone, units added up to equal MACs", "trunk56-macs-best", against="att56-cifar10-best"),
+            Row("its trunk alone, units added up to equal parameters", "trunk56-params-best",
+                against="att56-cifar10-best"),
+            Row("plain 8-layer CNN", "plain8-best", cite("report", "Plain CNN-8"), "att56-cifar10-best"),
+            Row("plain 8-layer CNN, recipe `report`", "plain8-report", cite("report", "Plain CNN-8"),
+                "att56-cifar10-report"),
+            Row("ResNet-18, CIFAR stem", "resnet18-best", against="att56-cifar10-best"),
+        ),
+    ),
+    "optimizer": Table(
+        "Optimiser and batch size", "The report's section 4. In its Figure 3 SGD collapses at epoch 13.",
+        (
+            Row("Nesterov SGD, batch 64", "att56-cifar10-report", cite("report", "Attention-56")),
+            Row("Nesterov SGD, batch 32", "att56-sgd32-report", against="att56-cifar10-report"),
+            Row("Nesterov SGD, batch 256", "att56-sgd256-report", against="att56-cifar10-report"),
+            *(Row(f"Adam, batch {batch}", f"att56-adam{batch}-report", against="att56-cifar10-report")
+              for batch in (32, 64, 256)),
+            Row("Muon, recipe `best`", "att56-cifar10-best"),
+            Row("Nesterov SGD in Muon's place", "att56-sgd-best", against="att56-cifar10-best"),
+        ),
+    ),
+    "activation": Table(
+        "Mixed, channel and spatial attention", "The mask's activation (the paper's Table 1).",
+        (
+            Row("Attention-56 (report), mixed", "att56-cifar10-best"),
+            Row("Attention-56 (report), channel", "att56-channel-best", against="att56-cifar10-best"),
+            Row("Attention-56 (report), spatial", "att56-spatial-best", against="att56-cifar10-best"),
+            Row("Attention-56 (paper), mixed", "orig56-cifar10-paper", cite("paper", "Attention-56")),
+            Row("Attention-56 (paper), channel", "orig56-channel-paper",
+                cite("paper", "Attention-56", variant="channel attention"), "orig56-cifar10-paper"),
+            Row("Attention-56 (paper), spatial", "orig56-spatial-paper",
+                cite("paper", "Attention-56", variant="spatial attention"), "orig56-cifar10-paper"),
+        ),
+    ),
+    "noise": Table(
+        "Label noise", "CIFAR-10 with a share of the training labels wrong (the paper's section 4.1; its plain network "
+        "is ResNet-164).",
+        tuple(
+            Row(f"{share:.0%} noise, {label}", f"{name}-noise{share:.0%}-paper".replace("%", ""), noise(network, share),
+                f"orig92-noise{share:.0%}-paper".replace("%", "") if name == "trunk92" else "")
+            for share in _NOISE for label, name, network in (
+                ("Attention-92", "orig92", "Attention-92"), ("trunk of equal size", "trunk92", "ResNet-164"))),
+    ),
+    "full": Table(
+        "Past the paper", "The paper's Attention-92 and our wide one, trained for longer.",
+        (
+            Row("Attention-92 (paper), CIFAR-10", "orig92-cifar10-full", cite("paper", "Attention-92")),
+            Row("Attention-92 wide, CIFAR-10", "wide92-cifar10-full", cite("paper", "Attention-452")),
+            Row("Attention-92 (paper), CIFAR-100", "orig92-cifar100-full", cite("paper", "Attention-92", "cifar100")),
+            Row("Attention-92 wide, CIFAR-100", "wide92-cifar100-full", cite("paper", "Attention-452", "cifar100")),
+        ),
+    ),
+}

@@ -1,0 +1,256 @@
+"""Run the experiments of the study, and write its tables from their results.
+
+    python benchmarks/study.py --list                              # every experiment and what is there of it
+    python benchmarks/study.py --run att56-cifar10-best            # one of them, all its seeds
+    python benchmarks/study.py --table learning --epochs 10        # those of one table, in a short form
+    python benchmarks/study.py --all --budget 120                  # what fits into two hours, missing ones first
+    python benchmarks/study.py --report                            # docs/results.md from benchmarks/results/study
+
+Experiments are rows of `experiments.py`. Each run is one call of `cifar.py` in a folder of its own, is resumed if it
+was interrupted, and is never run again once its result lies in benchmarks/results/study.
+"""
+import argparse
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint import FILE_NAME
+from display import duration
+from environment import bf16_is_fast, hardware, pick_device
+from errors import RunError
+from evaluate import count_macs
+from experiments import EXPERIMENTS, TABLES, Experiment
+from study_report import full_epochs, load_results, write_report
+from timm import create_model
+
+import ran_layers  # noqa: F401  (registers the networks with timm)
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "study"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment with one seed and a number of epochs."""
+
+    name: str
+    epochs: int
+    seed: int
+
+    @property
+    def experiment(self) -> Experiment:
+        return EXPERIMENTS[self.name]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, seed {self.seed}, {self.epochs} epochs"
+
+    @property
+    def stem(self) -> str:
+        return f"{self.name}-{self.epochs}ep-seed{self.seed}"
+
+    def result(self, results: Path) -> Path:
+        return results / f"{self.stem}.json"
+
+    def state(self, results: Path, runs: Path) -> str:
+        """``done``, ``interrupted`` or ``missing``."""
+        if self.result(results).is_file():
+            return "done"
+        return "interrupted" if (runs / self.stem / FILE_NAME).is_file() else "missing"
+
+
+def plan(names: Sequence[str], epochs: int | None, seeds: Sequence[int] | None) -> list[Run]:
+    """Return the runs of the experiments ``names``, seed by seed, so that comparisons are whole early."""
+    depth = max((len(seeds or EXPERIMENTS[name].seeds) for name in names), default=0)
+    return [
+        Run(name, epochs or full_epochs(name), (seeds or EXPERIMENTS[name].seeds)[i])
+        for i in range(depth) for name in names if i < len(seeds or EXPERIMENTS[name].seeds)
+    ]
+
+
+class Clock:
+    """Estimates how long a run takes on this machine, from what finished here, by MACs."""
+
+    def __init__(self, results: Path, device: torch.device) -> None:
+        self.name = hardware(device)["name"]
+        self.precision = "bf16" if bf16_is_fast(device) else "fp32"
+        self.macs: dict[str, int] = {}
+        self.speeds: dict[tuple[str, str], float] = {}  # MACs/s by model and recipe
+        for file in (*results.glob("*.json"), *(HERE.parent / "ran_layers" / "weights").glob("*.json")):
+            self.add(json.loads(file.read_text()))
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Learn from a finished run, if it was on such a machine."""
+        if result["hardware"]["name"] == self.name and result["settings"]["precision"] == self.precision:
+            self.speeds[result["model"], result["recipe"]] = result["images_per_s"] * result["macs"]
+
+    def seconds(self, run: Run, rows: int = 50_000) -> float | None:
+        """Return the estimate, None if nothing finished here yet."""
+        if not self.speeds:
+            return None
+        experiment = run.experiment
+        if run.name not in self.macs:
+            with torch.device("meta"):
+                self.macs[run.name] = count_macs(create_model(
+                    experiment.model, num_classes=10, **dict(experiment.model_kwargs)))
+        known = self.speeds.get((experiment.model, experiment.recipe))
+        speed = known or sum(self.speeds.values()) / len(self.speeds)
+        return run.epochs * rows * self.macs[run.name] / speed
+
+
+def choose(runs: list[Run], clock: Clock, seconds: float | None) -> tuple[list[Run], list[Run]]:
+    """Split ``runs`` into those that fit into ``seconds`` together, in their order, and the rest."""
+    if seconds is None:
+        return runs, []
+    chosen, left = [], []
+    for run in runs:
+        estimate = clock.seconds(run) or 0.0
+        if estimate <= seconds:
+            chosen.append(run)
+            seconds -= estimate
+        else:
+            left.append(run)
+    return chosen, left
+
+
+def execute(run: Run, args: argparse.Namespace, deadline: float | None) -> bool:
+    """Run ``run`` to its end or to the deadline (a time of ``time.monotonic``); return whether its result is there.
+
+    Raises:
+        RunError: The training failed.
+    """
+    out = args.runs / run.stem
+    launcher = [sys.executable]
+    if args.nproc > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
+    command = [*launcher, str(HERE / "cifar.py"), *run.experiment.arguments(), "--epochs", str(run.epochs),
+               "--seed", str(run.seed), "--out", str(out)]
+    for flag in ("data_dir", "device"):
+        if getattr(args, flag):
+            command += [f"--{flag.replace('_', '-')}", getattr(args, flag)]
+    if not (out / "result.json").is_file():
+        if (out / FILE_NAME).is_file():
+            command.append("--resume")
+        child = subprocess.Popen(command)
+        stopped = False
+        try:
+            child.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+            # The training saves itself; Ctrl-C in a terminal has reached it already.
+            stopped = True
+            child.send_signal(signal.SIGTERM)
+            child.wait()
+            if isinstance(reason, KeyboardInterrupt):
+                raise
+        if stopped:
+            return False
+        if child.returncode:
+            raise RunError(f"{run.title} ended with exit code {child.returncode}; see above")
+    args.results.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(out / "result.json", run.result(args.results).with_suffix(".tmp"))
+    run.result(args.results).with_suffix(".tmp").replace(run.result(args.results))
+    return True
+
+
+def list_experiments(args: argparse.Namespace) -> None:
+    """Print each experiment with the runs that are there, of its full form and of shorter ones."""
+    finished = load_results(args.results)
+    for key, table in TABLES.items():
+        print(f"{key}: {table.title}")
+        for row in table.rows:
+            full = full_epochs(row.experiment)
+            runs = plan([row.experiment], args.epochs, args.seeds)
+            states = [run.state(args.results, args.runs) for run in runs]
+            text = f"{states.count('done')} of {len(runs)} runs of {runs[0].epochs} epochs"
+            if "interrupted" in states:
+                text += f", {states.count('interrupted')} interrupted"
+            for group in finished.get(row.experiment, ()):
+                if group.epochs != runs[0].epochs:
+                    short = " (short)" if group.epochs < full else ""
+                    text += f"; {len(group.results)} of {group.epochs} epochs{short}"
+            published = f"  [{row.published.source}: {row.published.error:.2f} %]" if row.published else ""
+            print(f"  {row.experiment:<28} {text}{published}")
+
+
+def run_all(names: Sequence[str], args: argparse.Namespace) -> None:
+    """Run what is missing of the experiments ``names``, as far as the budget goes, and rewrite the tables."""
+    runs = [run for run in plan(names, args.epochs, args.seeds) if run.state(args.results, args.runs) != "done"]
+    clock = Clock(args.results, pick_device(args.device))
+    seconds = None if args.budget is None else 60 * args.budget
+    deadline = None if seconds is None else time.monotonic() + seconds
+    chosen, left = choose(runs, clock, seconds)
+    if not runs:
+        print("nothing is missing")
+    if left:
+        print(f"{len(left)} of {len(runs)} runs do not fit into {args.budget:g} minutes; the first is {left[0].title}, "
+              f"about {duration(clock.seconds(left[0]) or 0)}")
+    try:
+        for i, run in enumerate(chosen, 1):
+            estimate = clock.seconds(run)
+            about = f", about {duration(estimate)}" if estimate else ""
+            print(f"[{i}/{len(chosen)}] {run.title}{about}", flush=True)
+            if not execute(run, args, deadline):
+                print(f"the budget of {args.budget:g} minutes is used up; {run.title} is saved and goes on next time")
+                break
+            clock.add(json.loads(run.result(args.results).read_text()))
+    finally:
+        write_report(args.results, args.docs)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--list", action="store_true", help="show every experiment and its state")
+    action.add_argument("--run", nargs="+", metavar="NAME", help="run these experiments")
+    action.add_argument("--table", choices=TABLES, help="run the experiments of one table")
+    action.add_argument("--all", action="store_true", help="run all that are missing")
+    action.add_argument("--report", action="store_true", help="only write docs/results.md and its plots")
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="run what fits, and stop in time")
+    parser.add_argument("--epochs", type=int, help="a shorter (or longer) form than the recipe's")
+    parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the experiments'")
+    parser.add_argument("--data-dir", help="Parquet files on disk, as for cifar.py")
+    parser.add_argument("--device", help="as for cifar.py")
+    parser.add_argument("--nproc", type=int, default=1, help="processes of torchrun")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "study", help="folder of the runs (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of the pages (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        unknown = sorted(set(args.run or ()) - set(EXPERIMENTS))
+        if unknown:
+            raise RunError(f"--run {unknown[0]} is no experiment; --list shows them")
+        if args.epochs is not None and args.epochs < 1:
+            raise RunError(f"--epochs must be at least 1, got {args.epochs}")
+        if args.budget is not None and args.budget <= 0:
+            raise RunError(f"--budget must be above 0 minutes, got {args.budget:g}")
+        if args.list:
+            list_experiments(args)
+        elif args.report:
+            write_report(args.results, args.docs)
+        else:
+            names = args.run or list(EXPERIMENTS)
+            if args.table:
+                names = list(dict.fromkeys(row.experiment for row in TABLES[args.table].rows))
+            run_all(names, args)
+    except BrokenPipeError:
+        raise
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main()

@@ -1,0 +1,112 @@
+"""Data-parallel training: two gloo processes against one."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ran_layers import AttentionModule
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALL = ["--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "64", "--batch-size", "32"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
+
+def torchrun(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a script in two processes, as ``torchrun --standalone --nproc-per-node 2`` does."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, args)],
+        capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+
+
+EXACT = """
+import copy, sys, torch, torch.nn as nn
+from distributed import data_parallel, join_world, leave_world, sync_batch_norm
+from timm.layers import BatchNormAct2d
+from ran_layers import AttentionModule
+
+world, device = join_world("cpu")
+torch.manual_seed(0)
+# Both kinds of batch normalisation; the second without a fixed momentum.
+model = nn.Sequential(AttentionModule(8), nn.BatchNorm2d(8, momentum=None)).double()
+alone = copy.deepcopy(model)
+x = torch.randn(6, 8, 5, 7, dtype=torch.float64)
+together = data_parallel(sync_batch_norm(model, device), world, device)
+for step in range(2):
+    loss = together(world.share(x)).square().mean()
+    loss.backward()
+    expected = alone(x).square().mean()
+    expected.backward()
+    torch.testing.assert_close(world.mean(loss.detach()), expected.detach())
+for (name, param), other in zip(model.named_parameters(), alone.parameters()):
+    torch.testing.assert_close(param.grad, other.grad, msg=lambda text: f"{name}: {text}")
+torch.testing.assert_close(model.state_dict(), alone.state_dict())
+torch.testing.assert_close(model.eval()(x), alone.eval()(x))
+assert world.any(7 * world.rank) == 7
+assert world.share(torch.arange(4)).tolist() == [2 * world.rank, 2 * world.rank + 1]
+leave_world()
+"""
+
+
+def test_global_batch_norm_gradients_and_statistics_are_those_of_one_process(tmp_path):
+    script = tmp_path / "exact.py"
+    script.write_text(EXACT)
+    done = torchrun(script)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+IN_DOUBLE = """
+import torch
+torch.set_default_dtype(torch.float64)  # or the rounding of float32 would grow from step to step
+import cifar
+cifar.main()
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_first_losses_do_not_depend_on_the_number_of_processes(tmp_path, optimizer):
+    script = tmp_path / "in_double.py"
+    script.write_text(IN_DOUBLE)
+    # A step an epoch, so that each loss is on record.
+    args = [*SMALL, "--recipe", "best", "--optimizer", optimizer, "--lr", "0.02", "--epochs", "4", "--limit", "32"]
+    done = torchrun(script, *args, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch 4/4") == 1, "the first process alone shows"
+    alone = subprocess.run([sys.executable, script, *args, "--out", tmp_path / "one"], env=ENVIRONMENT)
+    assert alone.returncode == 0
+
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["command"].startswith("torchrun --nproc-per-node 2 benchmarks/cifar.py")
+    losses = [[row["train_loss"] for row in result["epochs"]] for result in (one, two)]
+    assert abs(losses[0][3] - losses[0][0]) > 0.01, "the steps must matter to the losses that are compared"
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0, atol=1e-5)
+    assert one["final"] == two["final"]
+
+
+def test_without_sync_bn_each_process_normalises_its_slice(tmp_path):
+    args = [*SMALL, "--recipe", "quick", "--epochs", "2", "--no-sync-bn", "--out", tmp_path]
+    done = torchrun(BENCHMARKS / "cifar.py", *args)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "result.json").read_text())["settings"]["bn_batch"] == 16
+    # Finished, so there is something in the way: one line, from one process.
+    again = torchrun(BENCHMARKS / "cifar.py", *args)
+    assert again.stderr.count("error: --out") == 1
+
+
+def test_batch_that_cannot_be_shared(tmp_path):
+    done = torchrun(BENCHMARKS / "cifar.py", *SMALL[:-1], "33", "--out", tmp_path / "run")
+    assert "error: --batch-size 33 must be a multiple of the 2 processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_needs_no_group():
+    sys.path.insert(0, str(BENCHMARKS))
+    from distributed import World, data_parallel
+
+    model = AttentionModule(8)
+    assert data_parallel(model, World(), torch.device("cpu")) is model
+    assert World().any(3) == 3
+    assert World().mean(torch.ones(2)).tolist() == [1, 1]

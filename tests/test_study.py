@@ -1,0 +1,169 @@
+"""The study's runner and its tables, on a study of two tiny experiments."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import experiments  # noqa: E402
+import study  # noqa: E402
+import study_report  # noqa: E402
+from experiments import EXPERIMENTS, TABLES, Experiment, Row, Table, cite  # noqa: E402
+from recipes import make_recipe  # noqa: E402
+from study_report import BEGIN, END, load_results, write_report  # noqa: E402
+from timm import create_model  # noqa: E402
+
+TINY = dict(model="plain_cnn8_cifar", dataset="digits", recipe="quick", args=("--limit", "64"))
+STUDY = {"tiny-a": Experiment(**TINY), "tiny-b": Experiment(**{**TINY, "args": ("--limit", "64", "--lr", "0.01")})}
+ROWS = (Row("A", "tiny-a", cite("report", "Plain CNN-8")), Row("B", "tiny-b", against="tiny-a"))
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A study of two experiments, and the arguments that keep it in a folder of its own."""
+    for module in (study, study_report):
+        monkeypatch.setattr(module, "EXPERIMENTS", STUDY)
+        monkeypatch.setattr(module, "TABLES", {"tiny": Table("Tiny", "Two rates.", ROWS)})
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "results.md").write_text(f"# Results\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    return [word for name in ("runs", "results", "docs") for word in (f"--{name}", str(tmp_path / name))]
+
+
+def result(error: float, epochs: int = 10, speed: float = 100.0) -> dict:
+    return dict(
+        model="plain_cnn8_cifar", recipe="quick", settings={"precision": "fp32"}, final={"error": error},
+        hardware=study.hardware(torch.device("cpu")), images_per_s=speed, macs=1_000_000, epochs=[{}] * epochs,
+        command="python benchmarks/cifar.py --seed 0")
+
+
+def save(folder: Path, name: str, epochs: int, *errors: float) -> None:
+    folder.mkdir(exist_ok=True)
+    for seed, error in enumerate(errors):
+        (folder / f"{name}-{epochs}ep-seed{seed}.json").write_text(json.dumps(result(error, epochs)))
+
+
+def test_every_experiment_is_a_network_and_a_recipe_that_exist():
+    used = {row.experiment for table in TABLES.values() for row in table.rows}
+    assert used == set(EXPERIMENTS)
+    for table in TABLES.values():
+        for row in table.rows:
+            assert not row.against or row.against in EXPERIMENTS
+    for name, experiment in EXPERIMENTS.items():
+        args = experiments_args(experiment)
+        make_recipe(args.recipe, args.dataset, args.overrides)
+        with torch.device("meta"):
+            assert create_model(experiment.model, **dict(experiment.model_kwargs)), name
+
+
+def experiments_args(experiment: Experiment):
+    return study_report.parse_args(experiment.arguments())
+
+
+def test_trunks_cost_what_their_rows_say():
+    def size(name: str) -> tuple[int, int]:
+        experiment = EXPERIMENTS[name]
+        with torch.device("meta"):
+            model = create_model(experiment.model, num_classes=10, **dict(experiment.model_kwargs))
+        return sum(p.numel() for p in model.parameters()), study.count_macs(model)
+
+    params, macs = size("att56-cifar10-best")
+    assert size("trunk56-macs-best")[1] == pytest.approx(macs, rel=0.005)
+    assert size("trunk56-params-best")[0] == pytest.approx(params, rel=0.005)
+    assert size("trunk92-noise10-paper")[0] == pytest.approx(size("orig92-noise10-paper")[0], rel=0.005)
+
+
+def test_arguments_reach_the_training_script():
+    args = experiments_args(EXPERIMENTS["orig92-noise30-paper"])
+    assert (args.model, args.label_noise, args.recipe) == ("ran_att92_cifar_orig", 0.3, "paper")
+    args = experiments_args(experiments.EXPERIMENTS["att56-naive-best"])
+    assert args.model_kwargs == ['attention_args={"learning": "naive"}']
+
+
+def test_tables_show_means_spreads_and_short_runs(tiny, tmp_path):
+    save(tmp_path / "results", "tiny-a", 8, 20.0, 22.0)
+    save(tmp_path / "results", "tiny-b", 8, 20.5, 21.7)
+    save(tmp_path / "results", "tiny-a", 3, 40.0)
+    save(tmp_path / "results", "tiny-b", 3, 45.0)
+    study.main(["--report", *tiny])
+    page = (tmp_path / "docs" / "results.md").read_text()
+    hardware = result(0)["hardware"]["name"]
+    assert f"| A | 22.08 (report) | 40.00 (1 seed) |  | **short**: 3 of 8 | {hardware} |" in page
+    assert f"| A | 22.08 (report) | 21.00 ± 1.41 (2 seeds) |  | 8 | {hardware} |" in page
+    assert "| 45.00 (1 seed) | +5.00, spread unknown |" in page
+    assert "| 21.10 ± 0.85 (2 seeds) | +0.10 ± 0.57, within the spread |" in page
+    assert "cifar.py --seed {0 1}" in page
+    assert "old" not in page
+    assert page.endswith("after\n")
+    assert (tmp_path / "docs" / "assets" / "study-tiny.png").read_bytes().startswith(b"\x89PNG")
+    # Written again, it stays as it is.
+    write_report(tmp_path / "results", tmp_path / "docs")
+    assert (tmp_path / "docs" / "results.md").read_text() == page
+
+
+def test_committed_page_is_what_the_committed_results_say(tmp_path):
+    docs = BENCHMARKS.parent / "docs"
+    page = tmp_path / "results.md"
+    page.write_text((docs / "results.md").read_text())
+    write_report(study.RESULTS, tmp_path)
+    assert page.read_text() == (docs / "results.md").read_text()
+
+
+def test_budget_picks_what_fits(tiny, tmp_path):
+    save(tmp_path / "results", "tiny-a", 10, 20.0)
+    clock = study.Clock(tmp_path / "results", torch.device("cpu"))
+    runs = study.plan(["tiny-a", "tiny-b"], 4, None)
+    assert [(run.name, run.seed) for run in runs] == [("tiny-a", 0), ("tiny-b", 0), ("tiny-a", 1), ("tiny-b", 1)]
+    seconds = clock.seconds(runs[0])
+    assert seconds == pytest.approx(4 * 50_000 * clock.macs["tiny-a"] / clock.speeds["plain_cnn8_cifar", "quick"])
+    chosen, left = study.choose(runs, clock, 2.5 * seconds)
+    assert (chosen, left) == (runs[:2], runs[2:])
+    assert study.choose(runs, clock, None) == (runs, [])
+
+
+def test_runs_what_is_missing_stops_in_time_and_goes_on(tiny, tmp_path, capfd):
+    study.main(["--run", "tiny-a", "--epochs", "1", "--seeds", "0", *tiny])
+    assert "tiny-a, seed 0, 1 epochs" in capfd.readouterr().out
+    (saved,) = (tmp_path / "results").glob("*.json")
+    assert saved.name == "tiny-a-1ep-seed0.json"
+    before = saved.read_bytes()
+
+    study.main(["--run", "tiny-a", "--epochs", "1", "--seeds", "0", *tiny])
+    assert "nothing is missing" in capfd.readouterr().out
+    assert saved.read_bytes() == before
+
+    # A deadline in the past: the training starts, is told to stop, and what it saved is gone on with.
+    args = study.argparse.Namespace(
+        runs=tmp_path / "runs", results=tmp_path / "results", nproc=1, data_dir=None, device=None)
+    run = study.Run("tiny-b", 1, 3)
+    (tmp_path / "runs" / run.stem).mkdir(parents=True)
+    assert not study.execute(run, args, study.time.monotonic())
+    assert run.state(args.results, args.runs) in ("missing", "interrupted")
+    assert study.execute(run, args, None)
+    assert run.state(args.results, args.runs) == "done"
+    assert set(load_results(args.results)) == {"tiny-a", "tiny-b"}
+    study.main(["--list", *tiny])
+    assert "tiny-a                       0 of 2 runs of 8 epochs; 1 of 1 epochs (short)" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["--run", "nothing"], "--run nothing is no experiment"),
+    (["--all", "--epochs", "0"], "--epochs must be at least 1, got 0"),
+    (["--all", "--budget", "-1"], "--budget must be above 0 minutes, got -1"),
+])
+def test_unusable_arguments(tiny, capsys, args, message):
+    with pytest.raises(SystemExit) as exit_info:
+        study.main([*args, *tiny])
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_page_without_the_marks(tiny, tmp_path, capsys):
+    (tmp_path / "docs" / "results.md").write_text("# Results\n")
+    with pytest.raises(SystemExit):
+        study.main(["--report", *tiny])
+    assert "must have the lines" in capsys.readouterr().err
