@@ -199,7 +199,7 @@ def run_all(names: Sequence[str], args: argparse.Namespace) -> None:
             about = f", about {duration(estimate)}" if estimate else ""
             print(f"[{i}/{len(chosen)}] {run.title}{about}", flush=True)
             if not execute(run, args, deadline):
-                print(f"the budget of {args.budget:g} minutes is used up; {run.title} is saved and goes on next time")
+                print(f"stopped in time; {run.title} is saved and goes on next time")
                 break
             clock.add(json.loads(run.result(args.results).read_text()))
     finally:

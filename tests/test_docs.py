@@ -164,6 +164,12 @@ def run_command(argv: list[str], data: Path | None) -> None:
         check_extras(argv[2:])
     elif argv[:2] == ["python", "benchmarks/cifar.py"]:
         run_cifar(argv[2:], data)
+    elif argv[0] == "torchrun":
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", *argv[1:3], str(ROOT / argv[3])]
+        done = subprocess.run([*launch, *argv[4:], *ONE_STEP], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif argv[:2] == ["python", "benchmarks/study.py"]:
+        run_study(argv[2:])
     elif argv[:3] == ["python", "-m", "ran_layers.hub"]:
         from ran_layers.hub.__main__ import main
         assert main(argv[3:]) == 0, command
@@ -184,6 +190,18 @@ def check_extras(args: list[str]) -> None:
     for arg in args:
         named = re.fullmatch(r"(?:\.|ran-layers)\[([\w,]+)\]", arg)
         assert set(named[1].split(",") if named else []) <= set(known), arg
+
+
+def run_study(args: list[str]) -> None:
+    """Let the study plan and write in a folder of its own; tests/test_study.py runs small experiments."""
+    import study
+
+    docs = Path("study_docs")
+    docs.mkdir(exist_ok=True)
+    shutil.copyfile(ROOT / "docs" / "results.md", docs / "results.md")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "execute", lambda run, args, deadline: False)
+        study.main([*args, "--docs", str(docs), "--runs", "study_runs"])
 
 
 def run_cifar(args: list[str], data: Path) -> None:
