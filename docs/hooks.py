@@ -29,6 +29,7 @@ from recipes import RECIPES  # noqa: E402
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
+    markdown = re.sub(r"<!-- (begin|end) study -->\n", "", markdown)  # marks for benchmarks/study.py
     return re.sub(r"<!-- (\S+) -->", lambda match: TABLES[match[1]](), markdown)
 
 
@@ -110,4 +111,15 @@ def _show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-TABLES = {"model-zoo": model_zoo, "published": published, "recipes": recipes, "shipped-weights": shipped_weights}
+def survive() -> str:
+    """What killing a training led to, from `benchmarks/survive.py`."""
+    file = REPOSITORY / "benchmarks" / "results" / "survive.json"
+    if not file.is_file():
+        return "*Not measured yet for this version.*"
+    result = json.loads(file.read_text())
+    return (f"Measured by `{result['command']}` on {result['hardware']['name']}: after {result['kills']} kills the "
+            f"same weights as without any, for a training of {result['undisturbed_seconds']:.0f} seconds.")
+
+
+TABLES = {"model-zoo": model_zoo, "published": published, "recipes": recipes, "shipped-weights": shipped_weights,
+          "survive": survive}

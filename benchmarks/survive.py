@@ -1,0 +1,89 @@
+"""Kill a training again and again at random moments, resume it, and compare its weights with an undisturbed one's.
+
+    python benchmarks/survive.py --kills 20 --out benchmarks/results
+"""
+import argparse
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint import FILE_NAME, write_atomic
+from display import duration
+from environment import hardware, versions
+from errors import RunError
+
+SCRIPT = Path(__file__).parent / "cifar.py"
+
+
+def survive(kills: int, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Train twice on digits, once undisturbed and once with up to ``kills`` SIGKILLs; return what happened.
+
+    Raises:
+        RunError: A training failed, or the weights differ.
+    """
+    common = [sys.executable, str(SCRIPT), "--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar",
+              "--recipe", "best", "--epochs", str(epochs)]
+    started = time.monotonic()
+    if subprocess.run([*common, "--out", str(folder / "undisturbed")], stdout=subprocess.DEVNULL).returncode:
+        raise RunError("the undisturbed training failed; see above")
+    lasted = time.monotonic() - started
+
+    rng = random.Random(seed)
+    moments: list[float] = []
+    out = folder / "killed"
+    while True:
+        resume = ["--resume"] if (out / FILE_NAME).is_file() else []
+        child = subprocess.Popen([*common, "--out", str(out), *resume], stdout=subprocess.DEVNULL)
+        try:
+            # From before the first import to some epochs in; half of the undisturbed time still ends the training.
+            moment = rng.uniform(0, lasted / 2) if len(moments) < kills else None
+            child.wait(moment)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            moments.append(round(moment or 0.0, 2))
+            continue
+        if child.returncode:
+            raise RunError(f"the training failed after {len(moments)} kills; see above")
+        break
+    digests = [hashlib.sha256((folder / name / "model.safetensors").read_bytes()).hexdigest()
+               for name in ("undisturbed", "killed")]
+    if digests[0] != digests[1]:
+        raise RunError(f"after {len(moments)} kills the weights differ from the undisturbed training's")
+    return dict(
+        command=f"python benchmarks/survive.py --kills {kills} --epochs {epochs} --seed {seed}", kills=len(moments),
+        killed_after_seconds=moments, undisturbed_seconds=round(lasted, 1), model_sha256=digests,
+        hardware=hardware(torch.device("cpu")), versions=versions())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=Path, help="folder for survive.json")
+    args = parser.parse_args(argv)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result = survive(args.kills, args.epochs, args.seed, Path(folder))
+        print(f"{result['kills']} kills, the same weights as the undisturbed training of "
+              f"{duration(result['undisturbed_seconds'])}")
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_atomic(args.out / "survive.json", (json.dumps(result, indent=1) + "\n").encode())
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
