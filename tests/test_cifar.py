@@ -21,7 +21,6 @@ from errors import RunError  # noqa: E402
 from evaluate import load_exported  # noqa: E402
 from muon import orthogonalize  # noqa: E402
 from recipes import lr_scale, make_recipe, resolution_at, resolutions  # noqa: E402
-from survive import survive  # noqa: E402
 
 SMALL = ["--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "160", "--epochs", "2"]
 
@@ -113,12 +112,6 @@ def test_interrupted_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capsy
         assert torch.equal(tensor, cut[0][name]), name
     for a, b in zip(whole[1]["epochs"], cut[1]["epochs"], strict=True):
         assert a["train_loss"] == b["train_loss"]
-
-
-def test_kills_at_random_moments_change_nothing(tmp_path):
-    result = survive(kills=2, epochs=3, seed=0, folder=tmp_path)
-    assert result["kills"] == len(result["killed_after_seconds"]) > 0
-    assert result["model_sha256"][0] == result["model_sha256"][1]
 
 
 def test_same_seed_same_weights_other_seed_others(tmp_path):
