@@ -14,44 +14,26 @@ import os
 import shlex
 import signal
 import sys
-import time
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from augment import augment_batch
-from checkpoint import (
-    FILE_NAME,
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    prefixed,
-    save_checkpoint,
-    without_prefix,
-    write_atomic,
-)
+from checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from data import DATASETS, Dataset, corrupt_labels, load_dataset
-from display import Display, draw_curves, draw_masks_of, duration, show_plan
-from distributed import data_parallel, join_world, leave_world, sync_batch_norm
-from environment import (
-    bf16_is_fast,
-    compile_model,
-    hardware,
-    pick_device,
-    price_of_determinism,
-    use_deterministic_kernels,
-    versions,
-    warm_up,
-)
+from display import Display, duration, show_plan
+from distributed import join_world, leave_world
+from environment import COMPILE_MODES, bf16_is_fast, hardware, pick_device, use_deterministic_kernels, versions
 from errors import RunError
 from evaluate import count_macs, evaluate, export_model, load_exported
-from recipes import CHOICES, RECIPES, Recipe, lr_scale, make_optimizer, make_recipe, resolutions
+from recipes import CHOICES, RECIPES, Recipe, make_recipe
+from result import print_final, write_result
 from timm import create_model, is_model
-from timm.utils import ModelEmaV3
+from trainer import Trainer
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
+
+Split = tuple[torch.Tensor, torch.Tensor]  # images and labels
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,6 +48,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where the processor has it")
+    parser.add_argument("--compile", choices=COMPILE_MODES,
+                        help="mode of torch.compile; reduce-overhead replays CUDA graphs (default: default on a GPU, "
+                             "off on a CPU)")
     parser.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True,
                         help="under torchrun, batch normalisation over the global batch, not each process's slice")
     parser.add_argument("--holdout", type=int, default=0, metavar="ROWS",
@@ -147,9 +132,9 @@ def train(args: argparse.Namespace) -> None:
     out: Path = args.out or Path("runs") / f"{args.model}-{args.dataset}-{recipe_name}-{args.seed}"
     if args.deterministic:
         use_deterministic_kernels()
-    if args.precision is None:
-        args.precision = "bf16" if bf16_is_fast(device) else "fp32"
-
+    args.precision = args.precision or ("bf16" if bf16_is_fast(device) else "fp32")
+    # oneDNN's own kernels are as fast as compiled ones on a CPU.
+    args.compile = args.compile or ("default" if device.type == "cuda" else "off")
     if recipe.batch_size % world.size:
         raise RunError(f"--batch-size {recipe.batch_size} must be a multiple of the {world.size} processes")
     sync_bn = world.size > 1 and args.sync_bn
@@ -160,10 +145,75 @@ def train(args: argparse.Namespace) -> None:
         seed=args.seed, precision=args.precision, holdout=args.holdout, limit=args.limit, label_noise=args.label_noise,
         bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
     settings = json.loads(json.dumps(settings))
-    tensors: dict[str, torch.Tensor] = {}
-    state: dict[str, Any] = {"step": 0, "epochs": [], "seconds": 0.0}
-    if args.resume:
-        tensors, state = load_checkpoint(out)
+    resumed = load_checkpoint(out) if args.resume else None
+    check_folder(out, settings, resumed[1] if resumed else None)
+    out.mkdir(parents=True, exist_ok=True)
+
+    with world.main_first() if args.data_dir is None else contextlib.nullcontext():
+        data = load_dataset(args.dataset, args.data_dir)
+    (images, labels), watched = split_training_set(args, data, recipe)
+
+    torch.manual_seed(args.seed)
+    model = build_model(args, recipe, data)
+    params, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
+    model = model.to(device, memory_format=torch.channels_last)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    if not world.main:
+        torch.manual_seed(args.seed + world.rank)  # dropout and stochastic depth differ between the slices
+    # The whole data set lives on the training device.
+    trainer = Trainer(
+        model, recipe, images.to(device), labels.to(device), autocast, args.seed, world, sync_bn, args.compile)
+    if resumed:
+        trainer.restore(*resumed)
+    if world.main:
+        show_plan({
+            "model": f"{args.model}, {params / 1e6:.2f} M parameters, {macs / 1e6:.1f} MMACs an image",
+            "data set": f"{args.dataset}, {len(images)} training and {len(data.test_images)} test images"
+                        + (f", {args.holdout} held out" if args.holdout else ""),
+            "device": f"{hardware(device)['name']} ({device}), {args.precision}"
+                      + (f", {world.size} processes" if world.size > 1 else ""),
+            "recipe": f"{recipe_name}, {recipe.epochs} epochs of {trainer.steps_per_epoch} steps of "
+                      f"{recipe.batch_size} images, {recipe.optimizer}, lr {recipe.lr:g}",
+            "out": f"{out}" + (f", resumed at step {trainer.step} of {trainer.total_steps}" if resumed else ""),
+        })
+    compile_seconds = trainer.compile()
+    if world.main and compile_seconds:
+        print(f"compiled in {duration(compile_seconds)}", flush=True)
+    price = None
+    if args.deterministic and device.type == "cuda":
+        price = trainer.price_of_determinism()
+        if world.main:
+            print(f"--deterministic: {price:.1%} more time a step", flush=True)
+
+    stopped = run_epochs(args, trainer, out, settings, watched)
+    if stopped and trainer.step < trainer.total_steps:
+        if world.main:
+            again = command(args.argv, world.size)
+            for flag, addition in (("--resume", " --resume"), ("--out", f" --out {shlex.quote(str(out))}")):
+                again += addition if flag not in again else ""
+            print(f"stopped at step {trainer.step} of {trainer.total_steps}, saved; go on with: {again}", flush=True)
+        sys.exit(128 + stopped)
+    if not world.main:
+        return
+    trainer.averaged.pretrained_cfg = model.pretrained_cfg
+    export_model(trainer.averaged, out, model.model_kwargs)
+    write_result(out, data, dict(
+        model=args.model, dataset=args.dataset, recipe=recipe_name, settings=settings, params=params, macs=macs,
+        seed=args.seed, epochs=trainer.epochs, seconds=trainer.seconds, compile_seconds=compile_seconds,
+        deterministic_price=price,
+        images_per_s=trainer.total_steps * recipe.batch_size / sum(row["seconds"] for row in trainer.epochs),
+        hardware=hardware(device), versions=versions(), compile=args.compile,
+        processes=world.size, command=command(args.argv, world.size, places=False),
+        selection="none: the weights are those of the last step"
+                  + (" (their moving average)" if recipe.ema_decay else "")
+                  + (f"; {args.holdout} training images were held out and watched" if args.holdout else "")
+                  + ("; the test set was watched, nothing was picked by it" if args.eval_every else ""),
+    ), device, autocast, args.compile)
+
+
+def check_folder(out: Path, settings: dict[str, Any], state: dict[str, Any] | None) -> None:
+    """Refuse a folder that has another run, or, if there is a ``state`` to resume, one of other ``settings``."""
+    if state is not None:
         changed = [key for key, value in state["settings"].items() if settings.get(key) != value]
         if changed:
             raise RunError(
@@ -171,224 +221,54 @@ def train(args: argparse.Namespace) -> None:
                 f"{settings.get(changed[0])}; give the same settings or another --out")
     elif out.is_dir() and any((out / name).exists() for name in (FILE_NAME, "result.json", "model.safetensors")):
         raise RunError(f"--out {out} already has a run; add --resume to go on with it, or name another folder")
-    out.mkdir(parents=True, exist_ok=True)
 
-    # Data: one uint8 tensor on the training device.
-    with world.main_first() if args.data_dir is None else contextlib.nullcontext():
-        data = load_dataset(args.dataset, args.data_dir)
+
+def split_training_set(args: argparse.Namespace, data: Dataset, recipe: Recipe) -> tuple[Split, Split]:
+    """Return images and labels to train on, and those to watch: held-out ones, otherwise the test set."""
     images, labels = data.train_images, data.train_labels
+    watched = data.test_images, data.test_labels
     if args.limit:
         images, labels = images[:args.limit], labels[:args.limit]
-    eval_split = "test"
-    eval_images, eval_labels = data.test_images, data.test_labels
     if args.holdout:
         if args.holdout >= len(images):
             raise RunError(f"--holdout must be below the {len(images)} training images, got {args.holdout}")
-        eval_split, eval_images, eval_labels = "held-out", images[-args.holdout:], labels[-args.holdout:]
+        watched = images[-args.holdout:], labels[-args.holdout:]
         images, labels = images[:-args.holdout], labels[:-args.holdout]
     if not 0 <= args.label_noise <= 1:
         raise RunError(f"--label-noise must be from 0 to 1, got {args.label_noise:g}")
     if args.label_noise:
         labels = corrupt_labels(labels, len(data.class_names), args.label_noise, args.seed)
-    images, labels = images.to(device), labels.to(device)
     if len(images) < recipe.batch_size:
         raise RunError(f"--batch-size {recipe.batch_size} is above the {len(images)} training images")
+    return (images, labels), watched
 
-    # Model, optimiser, average.
-    torch.manual_seed(args.seed)
-    model = build_model(args, recipe, data)
-    params, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
-    model = model.to(device, memory_format=torch.channels_last)
-    mean = torch.tensor(model.pretrained_cfg["mean"], device=device) * 255
-    std = torch.tensor(model.pretrained_cfg["std"], device=device) * 255
-    optimizer = make_optimizer(recipe, model)
-    # The warm-up keeps the random initial weights out of the average.
-    ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-    if args.resume:
-        model.load_state_dict(without_prefix("model", tensors))
-        load_optimizer_tensors(optimizer, without_prefix("optimizer", tensors))
-        if ema is not None:
-            ema.load_state_dict(without_prefix("ema", tensors))
-    if world.rank:
-        torch.manual_seed(args.seed + world.rank)  # dropout and stochastic depth differ between the slices
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    forward = compile_model(data_parallel(sync_batch_norm(model, device) if sync_bn else model, world, device), device)
-    shapes = [(recipe.batch_size // world.size, images.shape[-1], side, side)
-              for side in resolutions(recipe, images.shape[1])]
 
-    steps_per_epoch = len(images) // recipe.batch_size
-    total_steps = recipe.epochs * steps_per_epoch
-    plan = {
-        "model": f"{args.model}, {params / 1e6:.2f} M parameters, {macs / 1e6:.1f} MMACs an image",
-        "data set": f"{args.dataset}, {len(images)} training and {len(data.test_images)} test images"
-                    + (f", {args.holdout} held out" if args.holdout else ""),
-        "device": f"{hardware(device)['name']} ({device}), {args.precision}"
-                  + (f", {world.size} processes" if world.size > 1 else ""),
-        "recipe": f"{recipe_name}, {recipe.epochs} epochs of {steps_per_epoch} steps of {recipe.batch_size} images, "
-                  f"{recipe.optimizer}, lr {recipe.lr:g}",
-        "out": f"{out}" + (f", resumed at step {state['step']} of {total_steps}" if args.resume else ""),
-    }
-    if world.main:
-        show_plan(plan)
-    compile_seconds = 0.0
-    if device.type == "cuda":
-        compile_seconds = warm_up(forward, model, shapes, autocast)
-        if world.main:
-            print(f"compiled in {duration(compile_seconds)}", flush=True)
-    price = None
-    if args.deterministic and device.type == "cuda":
-        price = price_of_determinism(model, shapes[-1], autocast)
-        if world.main:
-            print(f"--deterministic: {price:.1%} more time a step", flush=True)
-
+def run_epochs(
+        args: argparse.Namespace, trainer: Trainer, out: Path, settings: dict[str, Any], watched: Split) -> int:
+    """Train to the end with a checkpoint each epoch, or to the first signal; return that signal or 0."""
     stop = {"signal": 0}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stop.update(signal=received))
-
-    def checkpoint(step: int, epochs: list[dict[str, Any]], seconds: float, extra: dict[str, torch.Tensor]) -> None:
-        world.average_buffers(model, ema)
-        if not world.main:
-            return
-        named = dict(prefixed("model", model.state_dict()))
-        named.update(prefixed("optimizer", optimizer_tensors(optimizer)))
-        if ema is not None:
-            named.update(prefixed("ema", ema.state_dict()))
-        named.update(extra, torch_rng=torch.get_rng_state())
-        save_checkpoint(out, named, {"step": step, "epochs": epochs, "seconds": seconds, "settings": settings})
-
-    # Alternate flips: one half of the images is mirrored in even epochs, the other in odd ones.
-    always_flip = torch.rand(
-        len(images), generator=torch.Generator(device).manual_seed(args.seed), device=device) < 0.5
-    step: int = state["step"]
-    epochs: list[dict[str, Any]] = state["epochs"]
-    seconds_before: float = state["seconds"]
-    started = time.perf_counter()
-    if "torch_rng" in tensors:
-        torch.set_rng_state(tensors["torch_rng"])
-    model.train()
-    with Display(recipe.epochs, steps_per_epoch, recipe.batch_size, step, quiet=not world.main) as display:
-        while step < total_steps:
-            epoch, in_epoch = divmod(step, steps_per_epoch)
-            # One generator an epoch, so that an epoch's order follows from seed and epoch alone.
-            generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(images), generator=generator, device=device)
-            sums = torch.zeros(2, device=device)  # of loss and correct answers, read once an epoch
-            if in_epoch:
-                generator.set_state(tensors["generator"])
-                sums = tensors["sums"].to(device)
-            epoch_started, first = time.perf_counter(), in_epoch
-
-            for in_epoch in range(first, steps_per_epoch):
-                progress = step / total_steps
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * lr_scale(recipe, progress)
-                rows = order[in_epoch * recipe.batch_size:(in_epoch + 1) * recipe.batch_size]
-                y = labels[rows]
-                if recipe.flip == "alternate":
-                    flip = always_flip[rows] ^ bool(epoch % 2)
-                elif recipe.flip == "random":
-                    flip = torch.rand(len(rows), generator=generator, device=device) < 0.5
-                else:
-                    flip = torch.zeros(len(rows), dtype=torch.bool, device=device)
-                targets = F.one_hot(y, len(data.class_names)).to(mean.dtype)
-                x, targets = augment_batch(images[rows], flip, targets, recipe, progress, mean, std, generator)
-                x, y, targets = world.share(x), world.share(y), world.share(targets)
-
-                with autocast:
-                    logits = forward(x)
-                    loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-                if ema is not None:
-                    ema.update(model, step=step)
-                sums += torch.stack([loss.detach().float(), (logits.detach().argmax(1) == y).float().mean()])
-                # Reading a figure waits for a GPU, so there the bar goes without figures inside the epoch.
-                if device.type == "cpu":
-                    done = in_epoch + 1
-                    display.step(step, sums[0].item() / done, 100 * sums[1].item() / done)
-                else:
-                    display.step(step)
-                stopped = world.any(stop["signal"])
-                if stopped:
-                    break
-
-            sums = world.mean(sums)
-            seconds = seconds_before + time.perf_counter() - started
-            if stopped and in_epoch + 1 < steps_per_epoch:
-                checkpoint(step, epochs, seconds, {"generator": generator.get_state(), "sums": sums.cpu()})
-                break
-            loss_mean, top1_mean = (sums / steps_per_epoch).tolist()
-            if loss_mean != loss_mean:
-                raise RunError(
-                    f"the loss is not a number in epoch {epoch + 1}; the last good checkpoint is kept in {out}; "
-                    f"try a lower --lr")
-            elapsed = time.perf_counter() - epoch_started
-            row = dict(epoch=epoch + 1, train_loss=loss_mean, train_top1=100 * top1_mean,
-                       lr=optimizer.param_groups[0]["lr"], seconds=elapsed,
-                       images_per_s=(in_epoch + 1 - first) * recipe.batch_size / elapsed)
-            if args.holdout or (args.eval_every and (epoch + 1) % args.eval_every == 0):
-                world.average_buffers(model, ema)
-                scores = evaluate(
-                    model if ema is None else ema.module, eval_images, eval_labels, device, autocast, world=world)
-                row.update(eval_split=eval_split, eval_top1=scores["top1"])
-            epochs.append(row)
-            display.epoch(row)
-            checkpoint(step, epochs, seconds_before + time.perf_counter() - started, {})
-            if stopped:
-                break
-
-    if step < total_steps:
-        if not world.main:
-            sys.exit(128 + stopped)
-        again = command(args.argv, world.size)
-        for flag, addition in (("--resume", " --resume"), ("--out", f" --out {shlex.quote(str(out))}")):
-            again += addition if flag not in again else ""
-        print(f"stopped at step {step} of {total_steps}, saved; go on with: {again}", flush=True)
-        sys.exit(128 + stopped)
-
-    seconds = seconds_before + time.perf_counter() - started
-    if not world.main:
-        return
-    final = model if ema is None else ema.module
-    final.pretrained_cfg = model.pretrained_cfg
-    export_model(final, out, model.model_kwargs)
-    write_result(args, out, data, dict(
-        model=args.model, dataset=args.dataset, recipe=recipe_name, settings=settings, params=params, macs=macs,
-        seed=args.seed, epochs=epochs, seconds=seconds, compile_seconds=compile_seconds, deterministic_price=price,
-        images_per_s=recipe.epochs * steps_per_epoch * recipe.batch_size / sum(row["seconds"] for row in epochs),
-        hardware=hardware(device), versions=versions(),
-        processes=world.size, command=command(args.argv, world.size, places=False),
-        selection="none: the weights are those of the last step"
-                  + (" (their moving average)" if ema is not None else "")
-                  + (f"; {args.holdout} training images were held out and watched" if args.holdout else "")
-                  + ("; the test set was watched, nothing was picked by it" if args.eval_every else ""),
-    ), device, autocast)
-
-
-def write_result(args: argparse.Namespace, out: Path, data: Dataset, result: dict[str, Any], device: torch.device,
-                 autocast: Any) -> None:
-    """Evaluate the exported model on the test set, write result.json and the pictures, and print the figure."""
-    model = load_exported(out).to(device, memory_format=torch.channels_last)
-    scorer = compile_model(model, device)
-    scores = evaluate(scorer, data.test_images, data.test_labels, device, autocast)
-    flipped = evaluate(scorer, data.test_images, data.test_labels, device, autocast, flip=True)
-    result["final"] = dict(scores, error=100 - scores["top1"], top1_flip=flipped["top1"])
-    write_atomic(out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-    title = f"{args.model} on {args.dataset}: {result['final']['error']:.2f} % test error"
-    write_atomic(out / "curves.png", draw_curves(result["epochs"], title))
-    picture = draw_masks_of(
-        model.cpu(), data.test_images[:6], [data.class_names[label] for label in data.test_labels[:6]])
-    if picture is not None:
-        write_atomic(out / "masks.png", picture)
-    print_final(result, out)
-
-
-def print_final(result: dict[str, Any], out: Path) -> None:
-    final = result["final"]
-    print(f"{result['model']} on {result['dataset']}: test top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} %, "
-          f"error {100 - final['top1']:.2f} %, trained in {duration(result['seconds'])}; saved in {out}", flush=True)
+    world, stopped = trainer.world, 0
+    trainer.model.train()
+    with Display(trainer.recipe.epochs, trainer.steps_per_epoch, trainer.recipe.batch_size, trainer.step,
+                 quiet=not world.main) as display:
+        while trainer.step < trainer.total_steps and not stopped:
+            try:
+                stopped = trainer.train_epoch(display, lambda: stop["signal"])
+            except RunError as error:
+                raise RunError(f"{error}; the last good checkpoint is kept in {out}; try a lower --lr") from error
+            if trainer.step % trainer.steps_per_epoch == 0:
+                row = trainer.epochs[-1]
+                if args.holdout or (args.eval_every and row["epoch"] % args.eval_every == 0):
+                    world.average_buffers(trainer.model, trainer.ema)
+                    scores = evaluate(trainer.averaged, *watched, trainer.device, trainer.autocast, world=world)
+                    row.update(eval_split="held-out" if args.holdout else "test", eval_top1=scores["top1"])
+                display.epoch(row)
+            tensors, state = trainer.state()
+            if world.main:
+                save_checkpoint(out, tensors, dict(state, settings=settings))
+    return stopped
 
 
 def eval_only(args: argparse.Namespace) -> None:

@@ -37,9 +37,13 @@ def bf16_is_fast(device: torch.device) -> bool:
         getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
-def compile_model(model: Any, device: torch.device) -> Any:
-    """Return ``model`` compiled where that pays: on GPUs. On CPUs oneDNN's own kernels are as fast."""
-    return torch.compile(model) if device.type == "cuda" else model
+# Modes of torch.compile, and none.
+COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune")
+
+
+def compile_model(model: Any, mode: str) -> Any:
+    """Return ``model`` compiled in a mode of ``torch.compile``, or as it is where the mode is ``"off"``."""
+    return model if mode == "off" else torch.compile(model, mode=mode)
 
 
 def warm_up(forward: Any, model: nn.Module, shapes: Sequence[tuple[int, int, int, int]], autocast: Any) -> float:

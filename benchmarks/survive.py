@@ -24,10 +24,10 @@ SCRIPT = Path(__file__).parent / "cifar.py"
 
 
 def survive(kills: int, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Train twice on digits, once undisturbed and once with up to ``kills`` SIGKILLs; return what happened.
+    """Train twice on digits, once undisturbed and once with ``kills`` SIGKILLs; return what happened.
 
     Raises:
-        RunError: A training failed, or the weights differ.
+        RunError: A training failed, ended before the last kill, or the weights differ.
     """
     common = [sys.executable, str(SCRIPT), "--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar",
               "--recipe", "best", "--epochs", str(epochs)]
@@ -35,6 +35,10 @@ def survive(kills: int, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
     if subprocess.run([*common, "--out", str(folder / "undisturbed")], stdout=subprocess.DEVNULL).returncode:
         raise RunError("the undisturbed training failed; see above")
     lasted = time.monotonic() - started
+    training = json.loads((folder / "undisturbed" / "result.json").read_text())["seconds"]
+    # From before the first import to so far in that the training is not over before the last kill: a kill in its
+    # middle costs what was done since the last checkpoint, one before its start brings it no further.
+    longest = lasted - training + 2 * training / kills
 
     rng = random.Random(seed)
     moments: list[float] = []
@@ -42,18 +46,18 @@ def survive(kills: int, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
     while True:
         resume = ["--resume"] if (out / FILE_NAME).is_file() else []
         child = subprocess.Popen([*common, "--out", str(out), *resume], stdout=subprocess.DEVNULL)
+        moment = rng.uniform(0, longest)
         try:
-            # From before the first import to some epochs in; half of the undisturbed time still ends the training.
-            moment = rng.uniform(0, lasted / 2) if len(moments) < kills else None
-            child.wait(moment)
+            child.wait(moment if len(moments) < kills else None)
+            break
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGKILL)
             child.wait()
-            moments.append(round(moment or 0.0, 2))
-            continue
-        if child.returncode:
-            raise RunError(f"the training failed after {len(moments)} kills; see above")
-        break
+            moments.append(round(moment, 2))
+    if child.returncode:
+        raise RunError(f"the training failed after {len(moments)} kills; see above")
+    if len(moments) < kills:
+        raise RunError(f"the training was over after {len(moments)} of {kills} kills; give more --epochs")
     digests = [hashlib.sha256((folder / name / "model.safetensors").read_bytes()).hexdigest()
                for name in ("undisturbed", "killed")]
     if digests[0] != digests[1]:
@@ -68,10 +72,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="folder for survive.json")
     args = parser.parse_args(argv)
+    if args.kills < 1:
+        parser.error(f"--kills must be at least 1, got {args.kills}")
     try:
         with tempfile.TemporaryDirectory() as folder:
             result = survive(args.kills, args.epochs, args.seed, Path(folder))

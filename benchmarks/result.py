@@ -1,0 +1,57 @@
+"""What a finished run leaves in its folder: the model, result.json, curves.png and masks.png."""
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint import write_atomic
+from data import Dataset
+from display import draw_curves, draw_masks_of, duration
+from environment import compile_model
+from evaluate import evaluate, load_exported
+
+TOP1_GOALS = (90, 94, 95, 96)
+
+
+def write_result(
+        out: Path, data: Dataset, result: dict[str, Any], device: torch.device, autocast: Any,
+        compile_mode: str) -> None:
+    """Evaluate the exported model on the test set, write result.json and the pictures, and print the figure."""
+    model = load_exported(out).to(device, memory_format=torch.channels_last)
+    scorer = compile_model(model, compile_mode)
+    scores = evaluate(scorer, data.test_images, data.test_labels, device, autocast)
+    flipped = evaluate(scorer, data.test_images, data.test_labels, device, autocast, flip=True)
+    result["final"] = dict(scores, error=100 - scores["top1"], top1_flip=flipped["top1"])
+    result["seconds_to_top1"] = seconds_to_top1(result["epochs"], scores["top1"])
+    write_atomic(out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    title = f"{result['model']} on {result['dataset']}: {result['final']['error']:.2f} % test error"
+    write_atomic(out / "curves.png", draw_curves(result["epochs"], title))
+    picture = draw_masks_of(
+        model.cpu(), data.test_images[:6], [data.class_names[label] for label in data.test_labels[:6]])
+    if picture is not None:
+        write_atomic(out / "masks.png", picture)
+    print_final(result, out)
+
+
+def seconds_to_top1(epochs: list[dict[str, Any]], final_top1: float) -> dict[str, float | None]:
+    """Return the seconds of training after which test accuracy was first seen to reach each goal, None if it was not.
+
+    It is seen after the last epoch, and with ``--eval-every`` after others. Compilation and evaluation are not counted.
+    """
+    seconds, reached = 0.0, {f"{goal}": None for goal in TOP1_GOALS}
+    for row in epochs:
+        seconds += row["seconds"]
+        seen = row["eval_top1"] if row.get("eval_split") == "test" else None
+        if row is epochs[-1]:
+            seen = final_top1
+        for goal in reached:
+            if reached[goal] is None and seen is not None and seen >= float(goal):
+                reached[goal] = round(seconds, 1)
+    return reached
+
+
+def print_final(result: dict[str, Any], out: Path) -> None:
+    """Print the accuracy, the headline of a run."""
+    final = result["final"]
+    print(f"{result['model']} on {result['dataset']}: test top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} %, "
+          f"error {100 - final['top1']:.2f} %, trained in {duration(result['seconds'])}; saved in {out}", flush=True)
