@@ -111,15 +111,41 @@ def _show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _measured(name: str) -> dict[str, Any] | None:
+    """What a script wrote into `benchmarks/results`, None if it has not been run."""
+    file = REPOSITORY / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+NOT_MEASURED = "*Not measured yet for this version.*"
+
+
 def survive() -> str:
     """What killing a training led to, from `benchmarks/survive.py`."""
-    file = REPOSITORY / "benchmarks" / "results" / "survive.json"
-    if not file.is_file():
-        return "*Not measured yet for this version.*"
-    result = json.loads(file.read_text())
+    result = _measured("survive")
+    if result is None:
+        return NOT_MEASURED
     return (f"Measured by `{result['command']}` on {result['hardware']['name']}: after {result['kills']} kills the "
             f"same weights as without any, for a training of {result['undisturbed_seconds']:.0f} seconds.")
 
 
+def scaling() -> str:
+    """Speed of one process and of several, from `benchmarks/scaling.py`."""
+    result = _measured("scaling")
+    if result is None:
+        return NOT_MEASURED
+    rows = [(
+        str(row["processes"]), str(row["threads"]),
+        "one process" if row["processes"] == 1 else "global batch" if row["sync_bn"] else "each process's slice",
+        f"{row['images_per_s']:.0f}", f"{min(row['runs']):.0f} to {max(row['runs']):.0f}",
+        f"{row['images_per_s'] / result['rows'][0]['images_per_s']:.2f}",
+    ) for row in result["rows"]]
+    return (table(("processes", "threads of each", "batch normalisation", "images/s", "lowest to highest", "factor"),
+                  "rrlrrr", rows)
+            + f"\n\n`{result['command']}` on {result['hardware']['name']}: training of `{result['model']}` at 32 px, "
+              f"recipe `{result['recipe']}`, global batch {result['batch_size']}; medians of "
+              f"{len(result['rows'][0]['runs'])} runs.")
+
+
 TABLES = {"model-zoo": model_zoo, "published": published, "recipes": recipes, "shipped-weights": shipped_weights,
-          "survive": survive}
+          "survive": survive, "scaling": scaling}
