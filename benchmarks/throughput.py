@@ -11,7 +11,9 @@ Cases, all in one process and in turn, so that a machine whose speed drifts is f
 - timm's ``resnet50`` and ``resnetv2_50`` in the harness's form, for the price of the attention.
 """
 import argparse
+import ctypes
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -85,11 +87,18 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     # The best round: a ceiling is what the machine can do.
     matmul, copy = max(ceilings["matmul_flops"]), max(ceilings["copy_bytes"])
     return dict(
-        command="python benchmarks/throughput.py " + " ".join(sys.argv[1:]),
+        command=command(args),
         hardware=hardware(device), versions=versions(), precision=precision,
         ceilings={"matmul_flops_per_s": matmul, "copy_bytes_per_s": copy},
         cases=[case.summary(matmul) for case in cases],
     )
+
+
+def command(args: argparse.Namespace) -> str:
+    """Return the command line that decides the result."""
+    return shlex.join(map(str, [
+        "python", "benchmarks/throughput.py", "--models", *args.models, "--batch-sizes", *args.batch_sizes,
+        "--size", args.size, "--rounds", args.rounds]))
 
 
 class Case:
@@ -173,6 +182,9 @@ class Case:
         self.forward_step()
         synchronize(self.device)
         self.compile_seconds = time.perf_counter() - started
+        if self.device.type == "cpu":
+            self.model.train()
+            self.peak_bytes = peak_rss(self.train_step)
 
     def measure(self, seconds: float) -> None:
         """Add one measurement of each kind."""
@@ -209,6 +221,22 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def peak_rss(function: Callable[[], Any]) -> int:
+    """Return how far the memory of this process rises while ``function`` runs; 0 where Linux does not say."""
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return 0
+
+    def read(key: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key)) * 1024
+
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # give back what is free, or the rise would be too small
+    reset.write_text("5")  # the peak starts anew
+    before = read("VmRSS")
+    function()
+    return read("VmHWM") - before
+
+
 def matmul_flops(device: torch.device, precision: str) -> float:
     """FLOP/s of a large matrix product."""
     side = 8192 if device.type == "cuda" else 2048
@@ -241,12 +269,13 @@ def print_table(result: dict[str, Any]) -> None:
     ceilings = result["ceilings"]
     print(f"{result['hardware']['name']}, {result['precision']}: matrix product "
           f"{ceilings['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s")
-    print(f"{'case':<36}{'batch':>6}{'forward, images/s':>24}{'train, images/s':>24}{'of ceiling':>12}")
+    print(f"{'case':<36}{'batch':>6}{'forward, images/s':>24}{'train, images/s':>24}"
+          f"{'of ceiling':>12}{'peak memory':>14}")
     for row in result["cases"]:
         speeds = [f"{row[k]['images_per_s']:.0f} ({row[k]['lowest']:.0f}-{row[k]['highest']:.0f})"
                   for k in ("forward", "train")]
         print(f"{row['model'] + ', ' + row['form']:<36}{row['batch_size']:>6}{speeds[0]:>24}{speeds[1]:>24}"
-              f"{100 * row['train']['fraction_of_matmul']:>10.1f} %")
+              f"{100 * row['train']['fraction_of_matmul']:>10.1f} %{(row['peak_bytes'] or 0) / 2 ** 20:>10.0f} MiB")
 
 
 def draw(result: dict[str, Any]) -> bytes:

@@ -71,20 +71,49 @@ def model_zoo() -> str:
 
 
 def shipped_weights() -> str:
-    """The weights inside the package, from the records of their training."""
+    """The weights inside the package, from the records of their training and what was measured with them."""
     results = {file.stem: json.loads(file.read_text()) for file in sorted(WEIGHTS.glob("*.json"))}
     if not results:
         return "*This version of the package ships no weights.*"
+    robustness, throughput = _measured("robustness"), _measured("throughput")
     rows = [(
         f"`{name}`",
         f"{result['final']['error']:.2f} %",
         f"{result['params']:,}",
-        str(len(result["epochs"])),
+        f"{result['macs'] / 1e6:.1f} M",
+        f"`{result['recipe']}`, {len(result['epochs'])} epochs",
         f"{result['hardware']['name']}, {result['settings']['precision']}, {result['seconds'] / 3600:.1f} h",
+        _images_per_s(throughput, result["model"]),
+        next((f"{row['mean']:.2f} %" for row in (robustness or {}).get("results", ()) if row["model"] == name), "-"),
     ) for name, result in results.items()]
     commands = "\n\n".join(f"# {name}\n{result['command']}" for name, result in results.items())
-    return (table(("weights", "test error", "parameters", "epochs", "trained on"), "lrrrl", rows)
-            + f"\n\nMade by\n\n```text\n{commands}\n```")
+    head = ("weights", "test error", "parameters", "MACs", "recipe", "trained on", "images/s", "corrupted images")
+    text = table(head, "lrrrllrr", rows)
+    if throughput:
+        text += f"\n\nImages/s: forward and training, `{throughput['command']}` on {throughput['hardware']['name']}."
+    return f"{text}\n\nTrained by\n\n```text\n{commands}\n```\n\n{_corruptions(robustness)}"
+
+
+def _images_per_s(throughput: dict[str, Any] | None, model: str) -> str:
+    for row in (throughput or {}).get("cases", ()):
+        if (row["form"], row["model"]) == ("harness", model):
+            return f"{row['forward']['images_per_s']:.0f}, {row['train']['images_per_s']:.0f}"
+    return "-"
+
+
+def _corruptions(robustness: dict[str, Any] | None) -> str:
+    """Errors on corrupted test images, from `benchmarks/robustness.py`."""
+    if robustness is None:
+        return ""
+    kinds = [(row["name"], row["strengths"]) for row in robustness["results"][0]["corruptions"]]
+    rows = [(f"`{result['model']}`", f"{result['clean']:.2f}",
+             *(", ".join(f"{error:.2f}" for error in row["errors"]) for row in result["corruptions"]),
+             f"{result['mean']:.2f}") for result in robustness["results"]]
+    names = (f"{name} {', '.join(f'{strength:g}' for strength in strengths)}" for name, strengths in kinds)
+    head = ("error, %", "clean", *names, "mean")
+    return (table(head, "l" + "r" * (len(head) - 1), rows)
+            + f"\n\nTest images corrupted at three strengths, with the parameters of severities 1, 3 and 5 of "
+              f"CIFAR-10-C: `{robustness['command']}`.")
 
 
 def published() -> str:
