@@ -24,8 +24,8 @@ MASK_DEPTHS = {"layer1": 3, "layer2": 2, "layer3": 1}  # the paper's: each mask 
 def create_model(attention: bool, seed: int) -> nn.Module:
     """Return resnet18 for 32-px images; both variants begin with the same weights and the same outputs."""
     torch.manual_seed(seed)
+    # Its stages are made for images of 224 px: on 32 px they have 8, 4, 2 and 1.
     model = timm.create_model("resnet18", num_classes=10, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
-    model.maxpool = nn.Identity()  # stages of 16, 8, 4 and 2 px
     if attention:
         for name, mask_depth in MASK_DEPTHS.items():
             ran_layers.insert_attention(model, name, mask_depth=mask_depth)

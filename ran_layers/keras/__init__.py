@@ -4,7 +4,8 @@
     >>> model = ran_layers.keras.RANAttention56Cifar(weights=None)
 
 Written with ``keras.layers`` and ``keras.ops`` alone. PyTorch is imported, being what ``ran_layers`` itself is made
-of, but computes nothing on the other backends.
+of, but computes nothing on the other backends. On TensorFlow, import this package before ``keras``: PyTorch may bring
+Triton, whose LLVM ends the process if TensorFlow's is there already.
 """
 try:
     import keras

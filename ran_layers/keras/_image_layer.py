@@ -41,6 +41,16 @@ class ImageLayer(keras.layers.Layer):
     def conv(self, channels: int, kernel_size: int, stride: int = 1, *, name: str) -> keras.layers.Layer:
         return conv2d(channels, kernel_size, stride, name=name, **self.shared_args)
 
+    def strided_shape(self, shape: Shape, stride: int) -> Shape:
+        """Return ``shape`` with the height and the width divided by ``stride``, rounded up."""
+        return tuple(
+            -(-size // stride) if axis in self.spatial_axes and size is not None else size
+            for axis, size in enumerate(shape))
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        """Return ``input_shape``: unless a layer says otherwise, it keeps the shape."""
+        return input_shape
+
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "data_format": self.data_format}
 
@@ -79,6 +89,13 @@ def build_chain(layers: Sequence[keras.layers.Layer], shape: Shape) -> Shape:
         layer.build(shape)
         shape = layer.compute_output_shape(shape)
     return shape
+
+
+def run_chain(layers: Sequence[keras.layers.Layer], x: Any, training: bool | None) -> Any:
+    """Call each layer on the output of the one before it."""
+    for layer in layers:
+        x = layer(x, training=training)
+    return x
 
 
 def resolve_data_format(data_format: str | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from ..layers._args import check_choice, check_fraction, check_int
-from ._image_layer import ImageLayer, Shape, build_chain
+from ._image_layer import ImageLayer, Shape, build_chain, run_chain
 from .mask_branch import LocalMaskBranch, SoftMaskBranch
 from .residual_unit import residual_units
 
@@ -88,15 +88,10 @@ class AttentionModule(ImageLayer):
         build_chain([*self.pre, *self.trunk, self.mask, *self.post], input_shape)
 
     def call(self, x: Any, training: bool | None = None) -> Any:
-        for unit in self.pre:
-            x = unit(x, training=training)
-        trunk, mask = x, self.mask(x, training=training)
-        for unit in self.trunk:
-            trunk = unit(trunk, training=training)
+        x = run_chain(self.pre, x, training)
+        trunk, mask = run_chain(self.trunk, x, training), self.mask(x, training=training)
         x = trunk + mask * trunk if self.residual else mask * trunk
-        for unit in self.post:
-            x = unit(x, training=training)
-        return x
+        return run_chain(self.post, x, training)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return self.mask.compute_output_shape(input_shape)

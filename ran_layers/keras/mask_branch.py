@@ -9,7 +9,7 @@ from keras import ops
 
 from ..layers._args import check_choice, check_fraction, check_int
 from ..layers.mask_branch import MASK_ACTIVATIONS
-from ._image_layer import ImageLayer, Shape, build_chain
+from ._image_layer import ImageLayer, Shape, build_chain, run_chain
 from .residual_unit import ResidualUnit, residual_units
 
 
@@ -41,9 +41,6 @@ class MaskHead(ImageLayer):
             x = ops.sigmoid((x - mean) * ops.rsqrt(var + 1e-5))
         return ops.cast(x, self.compute_dtype)
 
-    def compute_output_shape(self, input_shape: Shape) -> Shape:
-        return input_shape
-
 
 class DownStep(ImageLayer):
     """One step of the way down: max-pooling 3x3 of stride 2, then ``r`` units."""
@@ -61,16 +58,10 @@ class DownStep(ImageLayer):
         # Padded by -inf on both sides, as PyTorch does; padding='same' pads an even size on one side only.
         padding = [(1, 1) if axis in self.spatial_axes else (0, 0) for axis in range(4)]
         x = self.pool(ops.pad(x, padding, constant_values=float("-inf")))
-        for unit in self.units:
-            x = unit(x, training=training)
-        return x
+        return run_chain(self.units, x, training)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
-        shape = list(input_shape)
-        for axis in self.spatial_axes:
-            size = shape[axis]
-            shape[axis] = None if size is None else -(-size // 2)
-        return tuple(shape)
+        return self.strided_shape(input_shape, 2)
 
 
 class UpStep(ImageLayer):
@@ -91,16 +82,30 @@ class UpStep(ImageLayer):
         x = upsample_to(x, feature, self.data_format)
         if self.skip is not None:
             x = x + self.skip(feature, training=training)
-        for unit in self.units:
-            x = unit(x, training=training)
-        return x
+        return run_chain(self.units, x, training)
+
+
+# An axis and the product of its interpolation matrix (output pixels, input pixels) with the map.
+INTERPOLATION = {
+    "channels_last": ((1, "oh,bhwc->bowc"), (2, "ow,bhwc->bhoc")),
+    "channels_first": ((2, "oh,bchw->bcow"), (3, "ow,bchw->bcho")),
+}
 
 
 def upsample_to(x: Any, target: Any, data_format: str) -> Any:
     """Bilinear interpolation to the recorded height and width of ``target``: any size fits, odd ones too."""
-    shape = ops.shape(target)
-    size = shape[1:3] if data_format == "channels_last" else shape[2:4]
-    return ops.image.resize(x, size, interpolation="bilinear", antialias=False, data_format=data_format)
+    # Not ops.image.resize: it refuses a size that is a tensor, as TensorFlow's is in a graph for images of any size.
+    for axis, product in INTERPOLATION[data_format]:
+        x = ops.einsum(product, bilinear_weights(ops.shape(x)[axis], ops.shape(target)[axis], x.dtype), x)
+    return x
+
+
+def bilinear_weights(n_in: Any, n_out: Any, dtype: Any) -> Any:
+    """Return the matrix that interpolates ``n_in`` pixels at the centres of ``n_out`` pixels of the same interval."""
+    pixels = ops.arange(n_in, dtype="float32")
+    scale = ops.cast(n_in, "float32") / ops.cast(n_out, "float32")
+    centres = ops.clip((ops.arange(n_out, dtype="float32") + 0.5) * scale - 0.5, 0, pixels[-1])
+    return ops.cast(ops.relu(1 - ops.abs(centres[:, None] - pixels)), dtype)
 
 
 @keras.saving.register_keras_serializable("ran_layers")
@@ -176,9 +181,7 @@ class SoftMaskBranch(ImageLayer):
         for down in self.down:
             x = down(x, training=training)
             features.append(x)
-        x = features.pop()
-        for unit in self.bottom:
-            x = unit(x, training=training)
+        x = run_chain(self.bottom, features.pop(), training)
         for up in self.up:
             x = up(x, features.pop(), training=training)
         return self.head(upsample_to(x, features.pop(), self.data_format), training=training)
@@ -249,12 +252,7 @@ class LocalMaskBranch(ImageLayer):
         build_chain([*self.units, self.head], input_shape)
 
     def call(self, x: Any, training: bool | None = None) -> Any:
-        for unit in self.units:
-            x = unit(x, training=training)
-        return self.head(x, training=training)
-
-    def compute_output_shape(self, input_shape: Shape) -> Shape:
-        return input_shape
+        return run_chain([*self.units, self.head], x, training)
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -82,10 +82,7 @@ class ResidualUnit(ImageLayer):
         return x + shortcut
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
-        shape = list(input_shape)
-        for axis in self.spatial_axes:
-            size = shape[axis]
-            shape[axis] = None if size is None else -(-size // self.stride)
+        shape = list(self.strided_shape(input_shape, self.stride))
         if self.out_channels is not None:
             shape[self.channel_axis] = self.out_channels
         return tuple(shape)

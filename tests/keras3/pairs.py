@@ -28,17 +28,5 @@ def run_torch(module: torch.nn.Module, x: np.ndarray, *, training: bool = False)
 
 
 def run_keras(layer: keras.layers.Layer, x: np.ndarray, *, training: bool = False) -> np.ndarray:
-    """Call a built Keras layer; on JAX as one compiled program, which is faster than operation by operation."""
-    if keras.backend.backend() != "jax":
-        return keras.ops.convert_to_numpy(keras.ops.stop_gradient(layer(x, training=training)))
-    import jax
-
-    @jax.jit
-    def call(trainable, non_trainable, x):
-        return layer.stateless_call(trainable, non_trainable, x, training=training)
-
-    y, non_trainable = call(
-        [v.value for v in layer.trainable_variables], [v.value for v in layer.non_trainable_variables], x)
-    for variable, value in zip(layer.non_trainable_variables, non_trainable):
-        variable.assign(value)
-    return np.asarray(y)
+    """Call a built Keras layer, operation by operation: JAX compiles each once and the layers share most of them."""
+    return keras.ops.convert_to_numpy(keras.ops.stop_gradient(layer(x, training=training)))
