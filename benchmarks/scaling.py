@@ -52,7 +52,8 @@ def measure(form: dict[str, Any], args: argparse.Namespace, device: torch.device
         done = subprocess.run(
             [*launcher, str(SCRIPT), "--dataset", "digits", "--model", args.model, "--device", device.type,
              "--recipe", args.recipe, "--epochs", str(args.epochs), "--batch-size", str(args.batch_size),
-             "--resolutions", "--sync-bn" if form["sync_bn"] else "--no-sync-bn", "--out", f"{folder}/run"],
+             "--limit", str(args.limit), "--resolutions", "--sync-bn" if form["sync_bn"] else "--no-sync-bn",
+             "--out", f"{folder}/run"],
             env={**os.environ, "OMP_NUM_THREADS": str(form["threads"])}, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, text=True)
         if done.returncode:
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="ran_att56_cifar")
     parser.add_argument("--recipe", default="best", help="as for cifar.py, at full resolution")
     parser.add_argument("--batch-size", type=int, default=256, help="of all processes together")
+    parser.add_argument("--limit", type=int, default=1280, help="training images")
     parser.add_argument("--epochs", type=int, default=3, help="of each run, at least 2")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each form")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,18 @@ def plan(names: Sequence[str], epochs: int | None, seeds: Sequence[int] | None) 
     ]
 
 
+@cache
+def macs_of(model: str, model_kwargs: str) -> int:
+    """Return the multiply-accumulate operations of ``model`` for one image; ``model_kwargs`` is JSON."""
+    return count_macs(create_model(model, num_classes=10, **json.loads(model_kwargs)))
+
+
 class Clock:
     """Estimates how long a run takes on this machine, from what finished here, by MACs."""
 
     def __init__(self, results: Path, device: torch.device) -> None:
         self.name = hardware(device)["name"]
         self.precision = "bf16" if bf16_is_fast(device) else "fp32"
-        self.macs: dict[str, int] = {}
         self.speeds: dict[tuple[str, str], float] = {}  # MACs/s by model and recipe
         for file in (*results.glob("*.json"), *(HERE.parent / "ran_layers" / "weights").glob("*.json")):
             self.add(json.loads(file.read_text()))
@@ -98,13 +104,10 @@ class Clock:
         if not self.speeds:
             return None
         experiment = run.experiment
-        if run.name not in self.macs:
-            with torch.device("meta"):
-                self.macs[run.name] = count_macs(create_model(
-                    experiment.model, num_classes=10, **dict(experiment.model_kwargs)))
+        macs = macs_of(experiment.model, json.dumps(dict(experiment.model_kwargs), sort_keys=True))
         known = self.speeds.get((experiment.model, experiment.recipe))
         speed = known or sum(self.speeds.values()) / len(self.speeds)
-        return run.epochs * rows * self.macs[run.name] / speed
+        return run.epochs * rows * macs / speed
 
 
 def choose(runs: list[Run], clock: Clock, seconds: float | None) -> tuple[list[Run], list[Run]]:

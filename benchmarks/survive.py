@@ -23,37 +23,47 @@ from errors import RunError
 SCRIPT = Path(__file__).parent / "cifar.py"
 
 
-def survive(kills: int, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
+def survive(kills: int, epochs: int, limit: int, seed: int, folder: Path) -> dict[str, Any]:
     """Train twice on digits, once undisturbed and once with ``kills`` SIGKILLs; return what happened.
 
     Raises:
         RunError: A training failed, ended before the last kill, or the weights differ.
     """
     common = [sys.executable, str(SCRIPT), "--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar",
-              "--recipe", "best", "--epochs", str(epochs)]
+              "--recipe", "best", "--epochs", str(epochs), "--limit", str(limit)]
     started = time.monotonic()
     if subprocess.run([*common, "--out", str(folder / "undisturbed")], stdout=subprocess.DEVNULL).returncode:
         raise RunError("the undisturbed training failed; see above")
     lasted = time.monotonic() - started
-    training = json.loads((folder / "undisturbed" / "result.json").read_text())["seconds"]
-    # From before the first import to so far in that the training is not over before the last kill: a kill in its
-    # middle costs what was done since the last checkpoint, one before its start brings it no further.
-    longest = lasted - training + 2 * training / kills
+    epoch_seconds = json.loads((folder / "undisturbed" / "result.json").read_text())["seconds"] / epochs
+    start_seconds = lasted - epochs * epoch_seconds
+    # Not further than this many epochs into each attempt, so that the training is not over before the last kill.
+    furthest = epochs // (kills + 1)
 
     rng = random.Random(seed)
     moments: list[float] = []
     out = folder / "killed"
     while True:
         resume = ["--resume"] if (out / FILE_NAME).is_file() else []
-        child = subprocess.Popen([*common, "--out", str(out), *resume], stdout=subprocess.DEVNULL)
-        moment = rng.uniform(0, longest)
+        started = time.monotonic()
+        child = subprocess.Popen([*common, "--out", str(out), *resume], stdout=subprocess.PIPE, text=True)
+        if len(moments) == kills:
+            child.communicate()
+            break
+        # After a random number of epochs a random part of the next; before the first, of the start too.
+        after = rng.randrange(furthest + 1)
+        pause = rng.random() * (epoch_seconds if after else start_seconds + epoch_seconds)
+        assert child.stdout is not None
+        ended = (line.startswith("epoch ") for line in child.stdout)
+        while after and (is_epoch := next(ended, None)) is not None:
+            after -= is_epoch
         try:
-            child.wait(moment if len(moments) < kills else None)
+            child.wait(pause)
             break
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGKILL)
             child.wait()
-            moments.append(round(moment, 2))
+            moments.append(round(time.monotonic() - started, 2))
     if child.returncode:
         raise RunError(f"the training failed after {len(moments)} kills; see above")
     if len(moments) < kills:
@@ -63,8 +73,8 @@ def survive(kills: int, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
     if digests[0] != digests[1]:
         raise RunError(f"after {len(moments)} kills the weights differ from the undisturbed training's")
     return dict(
-        command=f"python benchmarks/survive.py --kills {kills} --epochs {epochs} --seed {seed}", kills=len(moments),
-        killed_after_seconds=moments, undisturbed_seconds=round(lasted, 1), model_sha256=digests,
+        command=f"python benchmarks/survive.py --kills {kills} --epochs {epochs} --limit {limit} --seed {seed}",
+        kills=len(moments), killed_after_seconds=moments, undisturbed_seconds=round(lasted, 1), model_sha256=digests,
         hardware=hardware(torch.device("cpu")), versions=versions())
 
 
@@ -73,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--limit", type=int, default=640, help="training images")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="folder for survive.json")
     args = parser.parse_args(argv)
@@ -80,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--kills must be at least 1, got {args.kills}")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            result = survive(args.kills, args.epochs, args.seed, Path(folder))
+            result = survive(args.kills, args.epochs, args.limit, args.seed, Path(folder))
         print(f"{result['kills']} kills, the same weights as the undisturbed training of "
               f"{duration(result['undisturbed_seconds'])}")
         if args.out:

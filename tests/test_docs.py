@@ -166,7 +166,8 @@ def run_command(argv: list[str], data: Path | None) -> None:
         run_cifar(argv[2:], data)
     elif argv[0] == "torchrun":
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", *argv[1:3], str(ROOT / argv[3])]
-        done = subprocess.run([*launch, *argv[4:], *ONE_STEP], capture_output=True, text=True)
+        done = subprocess.run(
+            [*launch, *argv[4:], *ONE_STEP, "--data-dir", str(data)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     elif argv[:2] == ["python", "benchmarks/study.py"]:
         run_study(argv[2:])

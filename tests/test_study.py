@@ -53,11 +53,14 @@ def test_every_experiment_is_a_network_and_a_recipe_that_exist():
     for table in TABLES.values():
         for row in table.rows:
             assert not row.against or row.against in EXPERIMENTS
-    for name, experiment in EXPERIMENTS.items():
+    networks = {}
+    for experiment in EXPERIMENTS.values():
         args = experiments_args(experiment)
         make_recipe(args.recipe, args.dataset, args.overrides)
+        networks[experiment.model, str(experiment.model_kwargs)] = experiment
+    for experiment in networks.values():
         with torch.device("meta"):
-            assert create_model(experiment.model, **dict(experiment.model_kwargs)), name
+            assert create_model(experiment.model, **dict(experiment.model_kwargs))
 
 
 def experiments_args(experiment: Experiment):
@@ -119,7 +122,8 @@ def test_budget_picks_what_fits(tiny, tmp_path):
     runs = study.plan(["tiny-a", "tiny-b"], 4, None)
     assert [(run.name, run.seed) for run in runs] == [("tiny-a", 0), ("tiny-b", 0), ("tiny-a", 1), ("tiny-b", 1)]
     seconds = clock.seconds(runs[0])
-    assert seconds == pytest.approx(4 * 50_000 * clock.macs["tiny-a"] / clock.speeds["plain_cnn8_cifar", "quick"])
+    macs = study.macs_of("plain_cnn8_cifar", "{}")
+    assert seconds == pytest.approx(4 * 50_000 * macs / clock.speeds["plain_cnn8_cifar", "quick"])
     chosen, left = study.choose(runs, clock, 2.5 * seconds)
     assert (chosen, left) == (runs[:2], runs[2:])
     assert study.choose(runs, clock, None) == (runs, [])

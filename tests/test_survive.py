@@ -10,7 +10,7 @@ import survive
 
 
 def test_killed_training_ends_with_the_same_weights(tmp_path):
-    result = survive.survive(kills=2, epochs=4, seed=0, folder=tmp_path)
+    result = survive.survive(kills=2, epochs=6, limit=96, seed=0, folder=tmp_path)
     assert result["kills"] == len(result["killed_after_seconds"]) == 2
     assert result["model_sha256"][0] == result["model_sha256"][1]
 

@@ -107,7 +107,7 @@ def preprocess_input(x: Any, dataset: str = "cifar10", data_format: str | None =
         >>> round(float(preprocess_input(np.full((1, 1, 3), 255, "uint8")).max()), 2)
         2.13
     """
-    mean, std = np.array(CIFAR_STATS[check_choice("dataset", dataset, tuple(CIFAR_STATS))], "float32")
+    mean, std = 255 * np.array(CIFAR_STATS[check_choice("dataset", dataset, tuple(CIFAR_STATS))], "float32")
     if resolve_data_format(data_format) == "channels_first":
         mean, std = mean[:, None, None], std[:, None, None]
     if len(x.shape) < 3 or x.shape[-mean.ndim] != 3:

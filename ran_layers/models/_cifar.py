@@ -3,10 +3,10 @@ from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
-# Channel means and deviations of the training images, of 255.
+# Channel means and deviations of the training images, in [0, 1].
 CIFAR_STATS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "cifar10": ((125.307, 122.950, 113.865), (62.993, 62.089, 66.705)),
-    "cifar100": ((129.304, 124.070, 112.434), (68.170, 65.392, 70.418)),
+    "cifar10": ((0.4914, 0.482158, 0.446531), (0.247032, 0.243485, 0.261588)),
+    "cifar100": ((0.507075, 0.486549, 0.440918), (0.267334, 0.256438, 0.27615)),
 }
 # In the order of the labels.
 CIFAR_CLASSES: dict[str, tuple[str, ...]] = {
@@ -36,8 +36,8 @@ def cifar_cfgs(name: str, cfg: Callable[..., dict[str, Any]], **kwargs: Any) -> 
             input_size=(3, 32, 32),
             min_input_size=(3, 16, 16),
             crop_pct=1.0,
-            mean=tuple(round(m / 255, 6) for m in mean),
-            std=tuple(round(s / 255, 6) for s in std),
+            mean=mean,
+            std=std,
             file=str(weights) if weights.is_file() else None,
             **kwargs,
         )
