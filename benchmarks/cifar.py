@@ -127,6 +127,9 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> torc
 
 def train(args: argparse.Namespace) -> None:
     world, device = join_world(args.device)
+    for name in ("holdout", "limit", "eval_every"):
+        if getattr(args, name) < 0:
+            raise RunError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     recipe_name = args.recipe or ("best" if device.type == "cuda" else "quick")
     recipe = make_recipe(recipe_name, args.dataset, args.overrides)
     out: Path = args.out or Path("runs") / f"{args.model}-{args.dataset}-{recipe_name}-{args.seed}"
@@ -147,7 +150,6 @@ def train(args: argparse.Namespace) -> None:
     settings = json.loads(json.dumps(settings))
     resumed = load_checkpoint(out) if args.resume else None
     check_folder(out, settings, resumed[1] if resumed else None)
-    out.mkdir(parents=True, exist_ok=True)
 
     with world.main_first() if args.data_dir is None else contextlib.nullcontext():
         data = load_dataset(args.dataset, args.data_dir)
@@ -155,6 +157,7 @@ def train(args: argparse.Namespace) -> None:
 
     torch.manual_seed(args.seed)
     model = build_model(args, recipe, data)
+    out.mkdir(parents=True, exist_ok=True)
     params, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
     model = model.to(device, memory_format=torch.channels_last)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")

@@ -83,8 +83,9 @@ def make_recipe(name: str, dataset: str, overrides: dict[str, Any]) -> Recipe:
             raise RunError(f"{flag} must be one of {', '.join(CHOICES[field.name])}, got {value}")
         if isinstance(value, (int, float)) and value < 0:
             raise RunError(f"{flag} must not be negative, got {value}")
-    if recipe.batch_size < 1:
-        raise RunError(f"--batch-size must be at least 1, got {recipe.batch_size}")
+    for name in ("epochs", "batch_size"):
+        if getattr(recipe, name) < 1:
+            raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(recipe, name)}")
     if len(recipe.resolutions) % 2:
         raise RunError(f"--resolutions must be pairs of fraction and pixels, got {recipe.resolutions}")
     return recipe

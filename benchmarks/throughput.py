@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each case")
     parser.add_argument("--seconds", type=float, default=1.0, help="least duration of one measurement")
     parser.add_argument("--out", type=Path, help="folder for throughput.json and throughput.png")
+    parser.add_argument("--plot", type=Path, help="where the plot goes instead")
     args = parser.parse_args(argv)
     try:
         device = pick_device(args.device)
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             write_atomic(args.out / "throughput.json", (json.dumps(result, indent=1) + "\n").encode())
-            write_atomic(args.out / "throughput.png", draw(result))
+            write_atomic(args.plot or args.out / "throughput.png", draw(result))
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -176,5 +176,44 @@ def scaling() -> str:
               f"{len(result['rows'][0]['runs'])} runs.")
 
 
+def throughput() -> str:
+    """Speed of the networks, from `benchmarks/throughput.py`."""
+    result = _measured("throughput")
+    if result is None:
+        return NOT_MEASURED
+    rows = [(
+        f"`{row['model']}`, {row['form']}", str(row["batch_size"]),
+        *(f"{row[kind]['images_per_s']:.0f} ({row[kind]['lowest']:.0f} to {row[kind]['highest']:.0f})"
+          for kind in ("forward", "train")),
+        f"{100 * row['train']['fraction_of_matmul']:.0f} %",
+        f"{row['peak_bytes'] / 2 ** 20:.0f} MiB" if row["peak_bytes"] else "-",
+    ) for row in result["cases"]]
+    ceilings = result["ceilings"]
+    head = ("network, form", "batch", "forward, images/s", "training, images/s", "of the ceiling", "memory of a step")
+    return (table(head, "lrrrrr", rows)
+            + f"\n\n`{result['command']}` on {result['hardware']['name']}, "
+              f"{result['precision']}: matrix product {ceilings['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, "
+              f"copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s. Medians, lowest to highest.")
+
+
+def resnet18_attention() -> str:
+    """What Attention Modules do for resnet18, from `examples/resnet18_attention.py`."""
+    result = _measured("resnet18_attention")
+    if result is None:
+        return NOT_MEASURED
+    rows = [(
+        "with" if attention else "without",
+        ", ".join(f"{100 * run['accuracy']:.2f}" for run in result["runs"] if run["attention"] == attention),
+        *{f"{run['parameters']:,}" for run in result["runs"] if run["attention"] == attention},
+    ) for attention in (False, True)]
+    gain, spread = result["gain_in_points"], result["deviation_of_gain"]
+    verdict = "no difference beyond the spread" if abs(gain) <= spread else "a gain" if gain > 0 else "a loss"
+    return (table(("attention", "accuracy by seed, %", "parameters"), "lrr", rows)
+            + f"\n\n{result['epochs']} epochs of {result['images']:,} images, seeds paired: {gain:+.2f} points with a "
+              f"standard deviation of {spread:.2f}, that is {verdict}, at {result['time_ratio']:.2f} times the training "
+              f"time ({result['name']}). So short a training tells nothing about long ones.")
+
+
 TABLES = {"model-zoo": model_zoo, "published": published, "recipes": recipes, "shipped-weights": shipped_weights,
-          "survive": survive, "scaling": scaling}
+          "survive": survive, "scaling": scaling, "throughput": throughput,
+          "resnet18-attention": resnet18_attention}

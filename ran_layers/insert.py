@@ -70,7 +70,8 @@ def insert_attention(
     load with ``strict=False``, and :func:`remove_attention` takes the modules out again.
 
     At insertion the outputs are those of the network as it was, exactly; see :class:`InsertedAttention` for the
-    initialisation. Feature maps with the channels last (Swin) are handled.
+    initialisation. Feature maps with the channels last (Swin) are handled; only in a network that takes images of one
+    size, a map of as many channels as rows and columns is taken to have them first.
 
     Args:
         model: Any network with feature maps of four dimensions.
@@ -99,6 +100,10 @@ def insert_attention(
     reserved = sorted({"channels", "device", "dtype"} & module_args.keys())
     if reserved:
         raise TypeError(f"module_args must not hold {', '.join(reserved)}: insert_attention finds them by itself")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r} ({type(model).__name__})")
+    if not isinstance(example_input, torch.Tensor | None):
+        raise TypeError(f"example_input must be a tensor or None, got {type(example_input).__name__}")
     hosts = _find_hosts(model, where)
     if len(hosts) > 1 and isinstance(module_args.get("trunk"), nn.Module):
         raise ValueError(f"trunk is one module and cannot be in {len(hosts)} places: insert one at a time")
@@ -106,8 +111,11 @@ def insert_attention(
         example_input = _blank_image(model)
 
     inserted = {}
-    for name, output in _run(model, hosts, example_input).items():
-        nhwc = _is_nhwc(output, example_input)
+    outputs = _run(model, hosts, example_input)
+    ambiguous = [name for name, output in outputs.items() if len(set(output.shape[1:])) == 1]
+    wide = _run_wide(model, {name: hosts[name] for name in ambiguous}, example_input) if ambiguous else {}
+    for name, output in outputs.items():
+        nhwc = wide.get(name, _is_nhwc(output, example_input))
         channels = output.shape[-1 if nhwc else 1]
         dd: dict[str, Any] = {"device": output.device, "dtype": output.dtype}
         attention = AttentionModule(channels, **module_args, **dd)
@@ -254,6 +262,15 @@ def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Ten
                 f"(batch, height, width, channels), it returns {got}")
         maps[name] = found[0]
     return maps
+
+
+def _run_wide(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Tensor) -> dict[str, bool]:
+    """Tell from an image of twice the width where the channels are, for maps that look alike both ways."""
+    image = torch.cat([example_input, example_input], -1)
+    try:
+        return {name: _is_nhwc(output, image) for name, output in _run(model, hosts, image).items()}
+    except ValueError:  # a network of one input size: its maps are taken to have their channels first
+        return {}
 
 
 def _check_fit(name: str, module: InsertedAttention, feature_map: torch.Tensor) -> None:

@@ -178,6 +178,8 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsy
     (["--model-kwargs", "depth"], "--model-kwargs must be KEY=VALUE with VALUE as JSON, got depth"),
     (["--model-kwargs", "depth=3"], "--model plain_cnn8_cifar with {'depth': 3}"),
     (["--device", "abacus"], "--device abacus is not to be had here"),
+    (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+    (["--limit", "-1"], "--limit must not be negative, got -1"),
     (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["--batch-size", "999"], "--batch-size 999 is above the 160 training images"),
     (["--lr", "-1"], "--lr must not be negative, got -1.0"),
@@ -187,6 +189,7 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsy
 ])
 def test_unusable_arguments(tmp_path, capsys, args, message):
     assert message in fails(capsys, *args, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_out_that_cannot_be_made(tmp_path, capsys):

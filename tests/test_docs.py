@@ -177,8 +177,8 @@ def run_command(argv: list[str], data: Path | None) -> None:
     elif argv[:3] == ["python", "-m", "ran_layers.maps"]:
         from ran_layers.maps import main
         assert main(argv[3:]) == 0, command
-    elif argv[0] == "python" and argv[1].startswith("examples/"):
-        assert (ROOT / argv[1]).is_file(), command  # tests/test_examples.py runs them
+    elif argv[0] == "python" and argv[1].startswith(("benchmarks/", "examples/")):
+        assert (ROOT / argv[1]).is_file(), command  # tests of their own run them
     else:
         pytest.fail(f"no test runs: {command}")
 

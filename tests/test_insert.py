@@ -279,3 +279,36 @@ def test_attnext56_has_the_published_parameter_count() -> None:
     with torch.device("meta"):
         model = timm.create_model("ran_attnext56")
     assert sum(p.numel() for p in model.parameters()) == 31_318_824
+
+
+class ChannelsLast(nn.Module):
+    """Maps whose channels come last, as many as rows and columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.block = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.block(self.stem(x).permute(0, 2, 3, 1)).mean((1, 2))
+
+
+def test_as_many_channels_as_rows_and_columns():
+    model = ChannelsLast().eval()
+    image = torch.randn(1, 3, 32, 32)
+    expected = model(image)
+    insert_attention(model, "block", example_input=image)
+    assert torch.equal(model(image), expected)
+    assert model(torch.randn(1, 3, 48, 64)).shape == (1, 8)
+    assert model.block.inserted_attention.nhwc
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU()).eval()
+    insert_attention(model, "1", example_input=image)
+    assert model(torch.randn(1, 3, 48, 64)).shape == (1, 8, 12, 16)
+
+
+def test_what_is_no_network_and_no_image():
+    with pytest.raises(TypeError, match=r"model must be an nn.Module, got 'resnet18' \(str\)"):
+        insert_attention("resnet18", "layer1")
+    with pytest.raises(TypeError, match="example_input must be a tensor or None, got str"):
+        insert_attention(nn.Sequential(nn.Conv2d(3, 8, 1)), "0", example_input="x")

@@ -264,12 +264,23 @@ def test_drop_in_for_timm():
     model = timm.create_model("resnet26", block_args=dict(attn_layer=AttentionModule), num_classes=3)
     blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage]
     assert [type(block.se) for block in blocks] == [AttentionModule] * 8
-    loss = F.cross_entropy(model(torch.randn(2, 3, 64, 64)), torch.tensor([0, 2]))
-    loss.backward()
     # timm starts the norm before the module at zero: the first step moves it, through the module.
-    assert all(block.bn3.weight.grad.any() for block in blocks)
-    torch.optim.SGD(model.parameters(), lr=0.01).step()
-    assert all(block.bn3.weight.any() and block.bn3.weight.isfinite().all() for block in blocks)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.01), []
+    x = torch.randn(4, 3, 64, 64)
+    for _ in range(4):
+        losses.append(F.cross_entropy(model(x), torch.tensor([0, 2, 1, 2])))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(block.bn3.weight.any() for block in blocks)
+    assert losses[3] < losses[1] < losses[0]
+
+
+def test_units_begin_as_their_shortcut_where_timm_asks_them_to():
+    for unit in (ResidualUnit(8), ResNeXtUnit(8, groups=2)):
+        unit.zero_init_last()
+        x = torch.randn(2, 8, 5, 5).relu()
+        assert torch.equal(unit(x), x)
 
 
 def test_inside_a_sequential():

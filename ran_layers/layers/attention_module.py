@@ -99,6 +99,8 @@ class AttentionModule(nn.Module, HubMixin):
         check_int("t", t, 0)
         check_int("r", r, 1)
         check_int("mask_depth", mask_depth, 1)
+        if skips is not None:
+            check_int("skips", skips, 0)
         check_choice("mask", mask, ("soft", "local"))
         check_choice("learning", learning, ("residual", "naive"))
         check_layer("unit_layer", unit_layer)

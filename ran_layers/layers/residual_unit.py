@@ -74,6 +74,14 @@ class ResidualUnit(nn.Module):
             if stride != 1 or in_channels != out_channels else None
         )
 
+    def zero_init_last(self) -> None:
+        """Let the unit begin as its shortcut; timm's ResNets call this, by name, of every module in them.
+
+        They begin each block at zero, and a unit that normalises almost nothing would answer the first step with
+        features of size one.
+        """
+        nn.init.zeros_(self.conv3.weight)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         preact = self.norm1(x)
         shortcut = x if self.downsample is None else self.downsample(preact)
@@ -144,6 +152,12 @@ class ResNeXtUnit(nn.Module):
             if stride != 1 or in_channels != out_channels else None
         )
         self.act = create_act_layer(act_layer)
+
+    def zero_init_last(self) -> None:
+        """Let the unit begin as its shortcut, as :meth:`ResidualUnit.zero_init_last`."""
+        weight = getattr(self.norm3, "weight", None)
+        if isinstance(weight, torch.Tensor):
+            nn.init.zeros_(weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
