@@ -35,6 +35,12 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise RunError(f"cannot write {path}: {error.strerror}; the previous file is untouched") from error
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, as :func:`write_atomic` does; the folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
 def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: dict[str, Any]) -> None:
     """Write the checkpoint of a run: ``tensors`` by name and ``state``, anything that JSON holds."""
     arrays = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -8,7 +8,6 @@ the median over the rounds of the time of the plain network over the form's in t
 """
 import argparse
 import copy
-import json
 import os
 import statistics
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
+from checkpoint import write_json
 from environment import hardware, pick_device, versions
 
 import ran_layers
@@ -109,8 +109,7 @@ def main(argv: list[str] | None = None) -> None:
                       f"{result['speedup'][form]:8.2f}x")
     report = {
         **hardware(device), **versions(), "precision": "fp32", "load_average": os.getloadavg()[0], "results": results}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(args.out, report)
     print(f"written to {args.out}")
 
 

@@ -1,10 +1,9 @@
 """What a finished run leaves in its folder: the model, result.json, curves.png and masks.png."""
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import write_atomic
+from checkpoint import write_atomic, write_json
 from data import Dataset
 from display import draw_curves, draw_masks_of, duration
 from environment import compile_model
@@ -23,7 +22,7 @@ def write_result(
     flipped = evaluate(scorer, data.test_images, data.test_labels, device, autocast, flip=True)
     result["final"] = dict(scores, error=100 - scores["top1"], top1_flip=flipped["top1"])
     result["seconds_to_top1"] = seconds_to_top1(result["epochs"], scores["top1"])
-    write_atomic(out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_json(out / "result.json", result)
     title = f"{result['model']} on {result['dataset']}: {result['final']['error']:.2f} % test error"
     write_atomic(out / "curves.png", draw_curves(result["epochs"], title))
     picture = draw_masks_of(

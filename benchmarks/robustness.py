@@ -8,7 +8,6 @@ Dietterich, 2019).
 """
 import argparse
 import io
-import json
 import math
 import statistics
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from checkpoint import write_atomic
+from checkpoint import write_json
 from data import SPECS, read_split
 from environment import hardware, pick_device, versions
 from errors import RunError
@@ -116,10 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         names = args.models or timm.list_pretrained("ran_*")
         results = [measure(name, args.data_dir, args.rows, device) for name in names]
         if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
             command = " ".join(["python benchmarks/robustness.py", *(["--rows", str(args.rows)] if args.rows else [])])
             report = dict(command=command, hardware=hardware(device), versions=versions(), results=results)
-            write_atomic(args.out / "robustness.json", (json.dumps(report, indent=1) + "\n").encode())
+            write_json(args.out / "robustness.json", report)
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from checkpoint import write_atomic
+from checkpoint import write_json
 from environment import hardware, pick_device, versions
 from errors import RunError
 
@@ -90,13 +90,12 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{row['processes']:>9}{row['threads']:>9}{'yes' if row['sync_bn'] else 'no':>9}"
                   f"{row['images_per_s']:>10.0f}   ({min(row['runs']):.0f}-{max(row['runs']):.0f})")
         if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
             words = [word for word in (sys.argv[1:] if argv is None else argv) if word != str(args.out)]
             report = dict(
                 command=shlex.join(["python", "benchmarks/scaling.py", *(word for word in words if word != "--out")]),
                 model=args.model, recipe=args.recipe, batch_size=args.batch_size,
                 hardware=hardware(device), versions=versions(), rows=rows)
-            write_atomic(args.out / "scaling.json", (json.dumps(report, indent=1) + "\n").encode())
+            write_json(args.out / "scaling.json", report)
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import FILE_NAME, write_atomic
+from checkpoint import FILE_NAME, write_json
 from display import duration
 from environment import hardware, versions
 from errors import RunError
@@ -95,8 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{result['kills']} kills, the same weights as the undisturbed training of "
               f"{duration(result['undisturbed_seconds'])}")
         if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            write_atomic(args.out / "survive.json", (json.dumps(result, indent=1) + "\n").encode())
+            write_json(args.out / "survive.json", result)
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

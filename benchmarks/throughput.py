@@ -12,7 +12,6 @@ Cases, all in one process and in turn, so that a machine whose speed drifts is f
 """
 import argparse
 import ctypes
-import json
 import shlex
 import statistics
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 import augment
 import torch
 import torch.nn.functional as F
-from checkpoint import write_atomic
+from checkpoint import write_atomic, write_json
 from environment import bf16_is_fast, hardware, pick_device, versions
 from errors import RunError
 from evaluate import count_macs
@@ -55,8 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         result = measure(args, device)
         print_table(result)
         if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            write_atomic(args.out / "throughput.json", (json.dumps(result, indent=1) + "\n").encode())
+            write_json(args.out / "throughput.json", result)
             write_atomic(args.plot or args.out / "throughput.png", draw(result))
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

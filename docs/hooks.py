@@ -6,7 +6,7 @@ fetched when a page is looked at.
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import cache
 from html import unescape
@@ -146,23 +146,25 @@ def _measured(name: str) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-NOT_MEASURED = "*Not measured yet for this version.*"
+def from_results(show: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    """Let ``show`` have what the script of its name wrote, or say that it has not been run."""
+    def text() -> str:
+        result = _measured(show.__name__)
+        return "*Not measured yet for this version.*" if result is None else show(result)
+
+    return text
 
 
-def survive() -> str:
+@from_results
+def survive(result: dict[str, Any]) -> str:
     """What killing a training led to, from `benchmarks/survive.py`."""
-    result = _measured("survive")
-    if result is None:
-        return NOT_MEASURED
     return (f"Measured by `{result['command']}` on {result['hardware']['name']}: after {result['kills']} kills the "
             f"same weights as without any, for a training of {result['undisturbed_seconds']:.0f} seconds.")
 
 
-def scaling() -> str:
+@from_results
+def scaling(result: dict[str, Any]) -> str:
     """Speed of one process and of several, from `benchmarks/scaling.py`."""
-    result = _measured("scaling")
-    if result is None:
-        return NOT_MEASURED
     rows = [(
         str(row["processes"]), str(row["threads"]),
         "one process" if row["processes"] == 1 else "global batch" if row["sync_bn"] else "each process's slice",
@@ -176,11 +178,9 @@ def scaling() -> str:
               f"{len(result['rows'][0]['runs'])} runs.")
 
 
-def throughput() -> str:
+@from_results
+def throughput(result: dict[str, Any]) -> str:
     """Speed of the networks, from `benchmarks/throughput.py`."""
-    result = _measured("throughput")
-    if result is None:
-        return NOT_MEASURED
     rows = [(
         f"`{row['model']}`, {row['form']}", str(row["batch_size"]),
         *(f"{row[kind]['images_per_s']:.0f} ({row[kind]['lowest']:.0f} to {row[kind]['highest']:.0f})"
@@ -196,11 +196,9 @@ def throughput() -> str:
               f"copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s. Medians, lowest to highest.")
 
 
-def resnet18_attention() -> str:
+@from_results
+def resnet18_attention(result: dict[str, Any]) -> str:
     """What Attention Modules do for resnet18, from `examples/resnet18_attention.py`."""
-    result = _measured("resnet18_attention")
-    if result is None:
-        return NOT_MEASURED
     rows = [(
         "with" if attention else "without",
         ", ".join(f"{100 * run['accuracy']:.2f}" for run in result["runs"] if run["attention"] == attention),

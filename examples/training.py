@@ -1,5 +1,4 @@
 """What the examples share: the loaders of `benchmarks/`, one epoch of training, and accuracy."""
-import json
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from augment import crop_flip, normalize
+from checkpoint import write_json
 from data import Dataset, load_dataset
 from environment import hardware, pick_device, versions
 from errors import RunError
@@ -66,6 +66,5 @@ def statistics_of(data: Dataset, device: torch.device) -> tuple[torch.Tensor, to
 
 def write_report(path: Path, device: torch.device, **figures: Any) -> None:
     """Write the figures of a run and what they depend on as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**hardware(device), **versions(), **figures}, indent=1) + "\n")
+    write_json(path, {**hardware(device), **versions(), **figures})
     print(f"figures written to {path}")
