@@ -23,7 +23,16 @@ from checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from data import DATASETS, Dataset, corrupt_labels, load_dataset
 from display import Display, duration, show_plan
 from distributed import join_world, leave_world
-from environment import COMPILE_MODES, bf16_is_fast, hardware, pick_device, use_deterministic_kernels, versions
+from environment import (
+    COMPILE_MODES,
+    bf16_is_fast,
+    command_line,
+    hardware,
+    keep_freed_memory,
+    pick_device,
+    use_deterministic_kernels,
+    versions,
+)
 from errors import RunError
 from evaluate import count_macs, evaluate, export_model, load_exported
 from recipes import CHOICES, RECIPES, Recipe, make_recipe
@@ -85,20 +94,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def command(argv: list[str], processes: int, *, places: bool = True) -> str:
-    """Return the command line; without ``places``, only what decides the result, not where files lie."""
-    launcher = ["torchrun", "--nproc-per-node", str(processes)] if processes > 1 else ["python"]
-    kept, skip = [], False
-    for word in argv:
-        if skip:
-            skip = False
-        elif not places and word.partition("=")[0] in ("--out", "--data-dir", "--resume"):
-            skip = "=" not in word and word != "--resume"
-        else:
-            kept.append(word)
-    return shlex.join([*launcher, "benchmarks/cifar.py", *kept])
-
-
 def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> torch.nn.Module:
     """Create the network for the data set, with the configuration that is saved beside its weights."""
     if not is_model(args.model):
@@ -126,6 +121,7 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> torc
 
 
 def train(args: argparse.Namespace) -> None:
+    keep_freed_memory()
     world, device = join_world(args.device)
     for name in ("holdout", "limit", "eval_every"):
         if getattr(args, name) < 0:
@@ -191,7 +187,7 @@ def train(args: argparse.Namespace) -> None:
     stopped = run_epochs(args, trainer, out, settings, watched)
     if stopped and trainer.step < trainer.total_steps:
         if world.main:
-            again = command(args.argv, world.size)
+            again = command_line("cifar.py", args.argv, processes=world.size, without=())
             for flag, addition in (("--resume", " --resume"), ("--out", f" --out {shlex.quote(str(out))}")):
                 again += addition if flag not in again else ""
             print(f"stopped at step {trainer.step} of {trainer.total_steps}, saved; go on with: {again}", flush=True)
@@ -206,7 +202,7 @@ def train(args: argparse.Namespace) -> None:
         deterministic_price=price,
         images_per_s=trainer.total_steps * recipe.batch_size / sum(row["seconds"] for row in trainer.epochs),
         hardware=hardware(device), versions=versions(), compile=args.compile,
-        processes=world.size, command=command(args.argv, world.size, places=False),
+        processes=world.size, command=command_line("cifar.py", args.argv, processes=world.size),
         selection="none: the weights are those of the last step"
                   + (" (their moving average)" if recipe.ema_decay else "")
                   + (f"; {args.holdout} training images were held out and watched" if args.holdout else "")

@@ -1,7 +1,9 @@
 """The machine a run is on: device, compilation, determinism, and the facts that belong beside a measured figure."""
 import copy
+import ctypes
 import os
 import platform
+import shlex
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -27,6 +29,21 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RunError(f"--device {name} is not to be had here ({str(error).splitlines()[0][:120]})") from error
     return device
+
+
+def keep_freed_memory() -> None:
+    """Have the allocator keep what is freed, and on large pages; to be called before the first tensor is made.
+
+    A training step on a CPU makes and frees the same tensors again and again. By default glibc gives each back to the
+    kernel, which clears its pages anew for the next step. With other C libraries nothing changes.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for large pages
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2 ** 31 - 1)
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -105,6 +122,19 @@ def price_of_determinism(
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def command_line(
+        script: str, argv: Sequence[str], *, processes: int = 1,
+        without: Sequence[str] = ("--out", "--plot", "--data-dir", "--resume")) -> str:
+    """Return the command to repeat a measurement, ``without`` the flags that say only where files lie."""
+    words, kept = ["torchrun", "--nproc-per-node", str(processes)] if processes > 1 else ["python"], True
+    for word in (f"benchmarks/{script}", *argv):
+        if word.startswith("--"):
+            kept = word.partition("=")[0] not in without
+        if kept:
+            words.append(word)
+    return shlex.join(words)
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How much faster inference is with `ran_layers.fuse`: how much by folding, how much by the memory order.
 
-    python benchmarks/fuse.py                       # prints a table, writes benchmarks/results/fuse.json
+    python benchmarks/fuse.py --out benchmarks/results
     python benchmarks/fuse.py --threads 1 --models ran_att92_cifar --batch-sizes 1
 
 Four forms of each network take turns, so that whatever else the machine does meets all of them alike; a speedup is
@@ -8,7 +8,6 @@ the median over the rounds of the time of the plain network over the form's in t
 """
 import argparse
 import copy
-import os
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ import timm
 import torch
 import torch.nn as nn
 from checkpoint import write_json
-from environment import hardware, pick_device, versions
+from environment import command_line, hardware, pick_device, versions
 
 import ran_layers
 
@@ -86,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fuse.json")
+    parser.add_argument("--out", type=Path, help="folder for fuse.json")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     if args.threads:
@@ -107,10 +106,10 @@ def main(argv: list[str] | None = None) -> None:
             for form in FORMS:
                 print(f"{name:24}{batch_size:6}  {form:30}{result['milliseconds'][form]:10.2f}"
                       f"{result['speedup'][form]:8.2f}x")
-    report = {
-        **hardware(device), **versions(), "precision": "fp32", "load_average": os.getloadavg()[0], "results": results}
-    write_json(args.out, report)
-    print(f"written to {args.out}")
+    if args.out:
+        command = command_line("fuse.py", sys.argv[1:] if argv is None else argv)
+        write_json(args.out / "fuse.json", dict(
+            command=command, precision="fp32", hardware=hardware(device), versions=versions(), results=results))
 
 
 if __name__ == "__main__":

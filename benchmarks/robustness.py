@@ -20,7 +20,7 @@ import timm
 import torch
 from checkpoint import write_json
 from data import SPECS, read_split
-from environment import hardware, pick_device, versions
+from environment import command_line, hardware, pick_device, versions
 from errors import RunError
 from evaluate import evaluate
 from PIL import Image
@@ -115,8 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         names = args.models or timm.list_pretrained("ran_*")
         results = [measure(name, args.data_dir, args.rows, device) for name in names]
         if args.out:
-            command = " ".join(["python benchmarks/robustness.py", *(["--rows", str(args.rows)] if args.rows else [])])
-            report = dict(command=command, hardware=hardware(device), versions=versions(), results=results)
+            report = dict(
+                command=command_line("robustness.py", sys.argv[1:] if argv is None else argv),
+                hardware=hardware(device), versions=versions(), results=results)
             write_json(args.out / "robustness.json", report)
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

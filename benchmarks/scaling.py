@@ -9,7 +9,6 @@ its fastest epoch after the first; of a form, the median of its runs.
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from checkpoint import write_json
-from environment import hardware, pick_device, versions
+from environment import command_line, hardware, pick_device, versions
 from errors import RunError
 
 SCRIPT = Path(__file__).parent / "cifar.py"
@@ -90,9 +89,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{row['processes']:>9}{row['threads']:>9}{'yes' if row['sync_bn'] else 'no':>9}"
                   f"{row['images_per_s']:>10.0f}   ({min(row['runs']):.0f}-{max(row['runs']):.0f})")
         if args.out:
-            words = [word for word in (sys.argv[1:] if argv is None else argv) if word != str(args.out)]
             report = dict(
-                command=shlex.join(["python", "benchmarks/scaling.py", *(word for word in words if word != "--out")]),
+                command=command_line("scaling.py", sys.argv[1:] if argv is None else argv),
                 model=args.model, recipe=args.recipe, batch_size=args.batch_size,
                 hardware=hardware(device), versions=versions(), rows=rows)
             write_json(args.out / "scaling.json", report)

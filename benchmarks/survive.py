@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from checkpoint import FILE_NAME, write_json
 from display import duration
-from environment import hardware, versions
+from environment import command_line, hardware, versions
 from errors import RunError
 
 SCRIPT = Path(__file__).parent / "cifar.py"
@@ -73,7 +73,6 @@ def survive(kills: int, epochs: int, limit: int, seed: int, folder: Path) -> dic
     if digests[0] != digests[1]:
         raise RunError(f"after {len(moments)} kills the weights differ from the undisturbed training's")
     return dict(
-        command=f"python benchmarks/survive.py --kills {kills} --epochs {epochs} --limit {limit} --seed {seed}",
         kills=len(moments), killed_after_seconds=moments, undisturbed_seconds=round(lasted, 1), model_sha256=digests,
         hardware=hardware(torch.device("cpu")), versions=versions())
 
@@ -95,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{result['kills']} kills, the same weights as the undisturbed training of "
               f"{duration(result['undisturbed_seconds'])}")
         if args.out:
-            write_json(args.out / "survive.json", result)
+            command = command_line("survive.py", sys.argv[1:] if argv is None else argv)
+            write_json(args.out / "survive.json", dict(command=command, **result))
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

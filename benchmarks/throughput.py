@@ -12,7 +12,6 @@ Cases, all in one process and in turn, so that a machine whose speed drifts is f
 """
 import argparse
 import ctypes
-import shlex
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ import augment
 import torch
 import torch.nn.functional as F
 from checkpoint import write_atomic, write_json
-from environment import bf16_is_fast, hardware, pick_device, versions
+from environment import bf16_is_fast, command_line, hardware, keep_freed_memory, pick_device, versions
 from errors import RunError
 from evaluate import count_macs
 from recipes import Recipe, make_optimizer
@@ -50,8 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="where the plot goes instead")
     args = parser.parse_args(argv)
     try:
+        keep_freed_memory()
         device = pick_device(args.device)
-        result = measure(args, device)
+        command = command_line("throughput.py", sys.argv[1:] if argv is None else argv)
+        result = dict(command=command, **measure(args, device))
         print_table(result)
         if args.out:
             write_json(args.out / "throughput.json", result)
@@ -86,18 +87,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     # The best round: a ceiling is what the machine can do.
     matmul, copy = max(ceilings["matmul_flops"]), max(ceilings["copy_bytes"])
     return dict(
-        command=command(args),
         hardware=hardware(device), versions=versions(), precision=precision,
         ceilings={"matmul_flops_per_s": matmul, "copy_bytes_per_s": copy},
         cases=[case.summary(matmul) for case in cases],
     )
-
-
-def command(args: argparse.Namespace) -> str:
-    """Return the command line that decides the result."""
-    return shlex.join(map(str, [
-        "python", "benchmarks/throughput.py", "--models", *args.models, "--batch-sizes", *args.batch_sizes,
-        "--size", args.size, "--rounds", args.rounds]))
 
 
 class Case:

@@ -197,6 +197,18 @@ def throughput(result: dict[str, Any]) -> str:
 
 
 @from_results
+def fuse(result: dict[str, Any]) -> str:
+    """What folding and the memory order bring to inference, from `benchmarks/fuse.py`."""
+    forms = list(result["results"][0]["milliseconds"])
+    rows = [(f"`{row['model']}`", str(row["batch_size"]), *(
+        f"{row['milliseconds'][form]:.1f} ms" + (f", {row['speedup'][form]:.2f}x" if form != forms[0] else "")
+        for form in forms)) for row in result["results"]]
+    return (table(("network", "batch", *forms), "lr" + "r" * len(forms), rows)
+            + f"\n\n`{result['command']}` on {result['hardware']['name']}, {result['precision']}, "
+              f"{result['hardware']['threads']} threads: medians of {result['results'][0]['rounds']} rounds.")
+
+
+@from_results
 def resnet18_attention(result: dict[str, Any]) -> str:
     """What Attention Modules do for resnet18, from `examples/resnet18_attention.py`."""
     rows = [(
@@ -213,5 +225,5 @@ def resnet18_attention(result: dict[str, Any]) -> str:
 
 
 TABLES = {"model-zoo": model_zoo, "published": published, "recipes": recipes, "shipped-weights": shipped_weights,
-          "survive": survive, "scaling": scaling, "throughput": throughput,
+          "survive": survive, "scaling": scaling, "throughput": throughput, "fuse": fuse,
           "resnet18-attention": resnet18_attention}

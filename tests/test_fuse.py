@@ -170,12 +170,13 @@ def test_benchmark_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Monke
     spec = importlib.util.spec_from_file_location("benchmark_fuse", ROOT / "benchmarks" / "fuse.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    out = tmp_path / "results" / "fuse.json"
+    out = tmp_path / "results"
     benchmark.main([
         "--models", "plain_cnn8_cifar", "--batch-sizes", "2", "--rounds", "2", "--device", "cpu", "--out", str(out)])
-    report = json.loads(out.read_text())
-    assert report["device"] == "cpu"
-    assert report["name"]
+    report = json.loads((out / "fuse.json").read_text())
+    assert report["hardware"]["device"] == "cpu"
+    assert report["command"] == (
+        "python benchmarks/fuse.py --models plain_cnn8_cifar --batch-sizes 2 --rounds 2 --device cpu")
     result, = report["results"]
     assert result["largest_difference"] < 1e-4
     assert result["speedup"]["plain"] == 1
