@@ -129,25 +129,48 @@ _BUFFERS_FLAG = "forward_sync_buffers" if "forward_sync_buffers" in inspect.sign
     nn.parallel.DistributedDataParallel).parameters else "broadcast_buffers"  # its older name
 
 
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over the processes; so is its gradient."""
+class _BatchNorm(torch.autograd.Function):
+    """Batch normalisation over the batches of all processes; returns the global mean and (biased) variance too.
+
+    torch's kernels for a CPU go through the maps, and one collective each way carries the sums.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+    def forward(
+            ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        unused = torch.zeros_like(weight)  # running statistics, whose type is that of the result
+        local = torch.stack(torch.batch_norm_update_stats(x, unused, unused.clone(), 0.0))
+        gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, local)
+        means, variances = torch.stack(gathered, 1)
+        mean = means.mean(0)
+        # Not of the squares: their difference would lose digits.
+        var = variances.mean(0) + (means - mean).square().mean(0)
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0], mean, var
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return _AllReduceSum.forward(ctx, grads[0])
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, var = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grads[0], x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
+        sums = torch.stack([grad_weight, grad_bias])
+        dist.all_reduce(sums)
+        # What the mean and the variance have to do with the input: a line in it, for each channel.
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        invstd = torch.rsqrt(var + ctx.eps)
+        slope = -weight * invstd.square() * sums[0] / count
+        offset = -weight * invstd * sums[1] / count - slope * mean
+        grad_x = torch.addcmul(grad_x.add_(offset[:, None, None]), x, slope[:, None, None])
+        return grad_x, grad_weight, grad_bias, None
 
 
 def _normalize(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    y, mean, var = _BatchNorm.apply(x, norm.weight, norm.bias, norm.eps)
     count = x.numel() // x.shape[1] * dist.get_world_size()
-    mean = _AllReduceSum.apply(x.mean((0, 2, 3))) / dist.get_world_size()
-    centred = x - mean[:, None, None]
-    var = _AllReduceSum.apply(centred.square().mean((0, 2, 3))) / dist.get_world_size()
     with torch.no_grad():
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -156,8 +179,7 @@ def _normalize(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
         momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
         norm.running_mean.lerp_(mean, momentum)
         norm.running_var.lerp_(var * count / max(1, count - 1), momentum)
-    scale = norm.weight * torch.rsqrt(var + norm.eps)
-    return centred * scale[:, None, None] + norm.bias[:, None, None]
+    return y
 
 
 class _SyncBatchNorm2d(nn.BatchNorm2d):

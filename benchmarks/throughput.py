@@ -193,6 +193,8 @@ class Case:
             self.speeds[kind].append(steps * self.batch_size / (time.perf_counter() - started))
             if self.device.type == "cuda":
                 self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
+        if self.form == "dataloader":
+            time.sleep(0.5)  # its workers fill their queues, which must not slow down the next case
 
     def summary(self, matmul_ceiling: float) -> dict[str, Any]:
         row: dict[str, Any] = dict(

@@ -21,6 +21,7 @@ class ImageLayer(keras.layers.Layer):
     def __init__(self, *, data_format: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.data_format = resolve_data_format(data_format)
+        self.input_spec = keras.layers.InputSpec(ndim=4)
 
     @property
     def channel_axis(self) -> int:
@@ -40,6 +41,17 @@ class ImageLayer(keras.layers.Layer):
 
     def conv(self, channels: int, kernel_size: int, stride: int = 1, *, name: str) -> keras.layers.Layer:
         return conv2d(channels, kernel_size, stride, name=name, **self.shared_args)
+
+    def channels_of(self, shape: Shape) -> int:
+        """Return the channels of a map.
+
+        Raises:
+            ValueError: They are None.
+        """
+        channels = shape[self.channel_axis]
+        if channels is None:
+            raise ValueError(f"{self.name!r} needs a map whose channels are known, got the shape {tuple(shape)}")
+        return channels
 
     def strided_shape(self, shape: Shape, stride: int) -> Shape:
         """Return ``shape`` with the height and the width divided by ``stride``, rounded up."""

@@ -21,7 +21,7 @@ class MaskHead(ImageLayer):
         self.mask_act = check_choice("mask_act", mask_act, MASK_ACTIVATIONS)
 
     def build(self, input_shape: Shape) -> None:
-        channels: Any = input_shape[self.channel_axis]
+        channels = self.channels_of(input_shape)
         self.norm1 = self.norm("norm1")
         self.conv1 = self.conv(channels, 1, name="conv1")
         self.norm2 = self.norm("norm2")

@@ -19,6 +19,7 @@ from .residual_unit import ResidualUnit, ResidualUnitDown
 
 CHANNELS = (64, 128, 256, 512)
 MASK_DEPTHS = (3, 2, 1)
+LEAST_SIDE = 9  # pixels of an image: the stem halves it, and the first mask pools 3 times
 
 
 def RANAttention56Cifar(
@@ -134,14 +135,12 @@ def _build_network(
     channels_last = data_format == "channels_last"
     if input_shape is None:
         input_shape = (32, 32, 3) if channels_last else (3, 32, 32)
-    if len(input_shape) != 3 or input_shape[-1 if channels_last else 0] is None:
-        order = "(height, width, channels)" if channels_last else "(channels, height, width)"
-        raise ValueError(f"input_shape must be {order}, the channels a number, got {input_shape}")
     if pooling is not None:
         check_choice("pooling", pooling, ("avg", "max"))
     state = _read_weights(variant, weights)
     if state is not None and not include_top:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
+    _check_input_shape(input_shape, channels_last, state)
     classes = _resolve_classes(classes, weights, state) if include_top else None
 
     inputs = keras.Input(input_shape)
@@ -191,6 +190,24 @@ def _read_weights(variant: str, weights: str | Path | None) -> dict[str, np.ndar
         raise FileNotFoundError(
             f"weights={weights!r}: this version ships no {shipped.name}; give the path of a .safetensors file, or None")
     return read_safetensors(shipped)
+
+
+def _check_input_shape(input_shape: Shape, channels_last: bool, state: dict[str, np.ndarray] | None) -> None:
+    """Raise an error unless the network can be built for images of ``input_shape``, with the weights ``state``."""
+    order = "(height, width, channels)" if channels_last else "(channels, height, width)"
+    if not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3:
+        raise ValueError(f"input_shape must be {order}, got {input_shape!r}")
+    height, width, channels = input_shape if channels_last else (*input_shape[1:], input_shape[0])
+    if channels is None:
+        raise ValueError(f"input_shape must be {order}, the channels a number, got {tuple(input_shape)}")
+    if any(side is not None and side < LEAST_SIDE for side in (height, width)):
+        raise ValueError(
+            f"input_shape must be {order} with {LEAST_SIDE} pixels or more a side, got {tuple(input_shape)}")
+    kernel = (state or {}).get("stem.conv.weight")
+    if kernel is not None and kernel.shape[1] != channels:
+        raise ValueError(
+            f"input_shape must have {kernel.shape[1]} channels, those of the weights, got {tuple(input_shape)}; "
+            f"for others give weights=None")
 
 
 def _resolve_classes(classes: int | None, weights: str | Path | None, state: dict[str, np.ndarray] | None) -> int:

@@ -52,7 +52,7 @@ class ResidualUnit(ImageLayer):
         self.bottle_ratio = check_fraction("bottle_ratio", bottle_ratio, zero=False, one=True)
 
     def build(self, input_shape: Shape) -> None:
-        in_channels: Any = input_shape[self.channel_axis]
+        in_channels = self.channels_of(input_shape)
         out_channels = in_channels if self.out_channels is None else self.out_channels
         mid_channels = max(1, int(out_channels * self.bottle_ratio))
 

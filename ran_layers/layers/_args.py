@@ -2,6 +2,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn as nn
 from timm.layers import create_act_layer, get_norm_act_layer
 
@@ -61,6 +62,24 @@ def check_layer(name: str, value: Any) -> Any:
     if not callable(value):
         raise TypeError(f"{name} must be a layer class, got {value!r} ({type(value).__name__})")
     return value
+
+
+def check_device_dtype(device: Any, dtype: Any) -> dict[str, Any]:
+    """Return both as keyword arguments of torch's layers.
+
+    Raises:
+        TypeError: ``dtype`` is no ``torch.dtype``.
+        ValueError: ``device`` is none that torch knows.
+    """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None, got {dtype!r} ({type(dtype).__name__})")
+    if device is not None:
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"device must be a torch.device, its name ('cpu', 'cuda:1', ...) or None, got {device!r}") from error
+    return {"device": device, "dtype": dtype}
 
 
 def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..., nn.Module]:

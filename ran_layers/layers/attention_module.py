@@ -61,6 +61,7 @@ class AttentionModule(nn.Module, HubMixin):
         drop_path: Probability of dropping a unit's residual branch in training, in [0, 1).
         unit_layer: The basic unit, a class with the arguments of :class:`ResidualUnit`.
         trunk: A trunk branch of your own that keeps the shape; ``t`` units if None.
+        device, dtype: Where the parameters lie and their type, as in torch's layers.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range; the message names it.

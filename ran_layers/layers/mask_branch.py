@@ -9,7 +9,7 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ._args import LayerType, check_choice, check_int, check_layer, resolve_norm_act
+from ._args import LayerType, check_choice, check_device_dtype, check_int, check_layer, resolve_norm_act
 from ._hub_mixin import HubMixin
 from .residual_unit import ResidualUnit, is_preact
 
@@ -59,7 +59,7 @@ class MaskHead(nn.Sequential):
             device: Any = None,
             dtype: Any = None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd = check_device_dtype(device, dtype)
         norm_act = resolve_norm_act(norm_layer, act_layer)
         super().__init__()
         if preact:
@@ -126,6 +126,7 @@ class SoftMaskBranch(nn.Module, HubMixin):
         skips: Skip connections, from the highest resolution down; 0 to ``mask_depth - 1``, all of them if None.
         mask_act: ``'mixed'``, ``'channel'`` or ``'spatial'``, see :class:`MaskActivation`.
         unit_layer: The basic unit, a class called with ``(channels, act_layer=, norm_layer=, device=, dtype=)``.
+        act_layer, norm_layer, device, dtype: As in :class:`ResidualUnit`.
         **unit_args: Further keyword arguments of ``unit_layer`` (``bottle_ratio``, ``groups``, ``drop_path``).
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, create_act_layer
 
-from ._args import LayerType, check_fraction, check_int, resolve_norm_act
+from ._args import LayerType, check_device_dtype, check_fraction, check_int, resolve_norm_act
 
 
 class ResidualUnit(nn.Module):
@@ -32,6 +32,7 @@ class ResidualUnit(nn.Module):
         act_layer: Activation, a timm name or a class.
         norm_layer: Normalisation, a timm name or a class.
         drop_path: Probability of dropping the residual branch in training (stochastic depth), in [0, 1).
+        device, dtype: Where the parameters lie and their type, as in torch's layers.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range; the message names it.
@@ -58,7 +59,7 @@ class ResidualUnit(nn.Module):
             dtype: Any = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd = check_device_dtype(device, dtype)
         norm_act = resolve_norm_act(norm_layer, act_layer)
         out_channels, mid_channels = _check_unit(in_channels, out_channels, stride, bottle_ratio, groups, drop_path)
 
@@ -133,7 +134,7 @@ class ResNeXtUnit(nn.Module):
             dtype: Any = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd = check_device_dtype(device, dtype)
         norm_act = resolve_norm_act(norm_layer, act_layer)
         out_channels, mid_channels = _check_unit(in_channels, out_channels, stride, bottle_ratio, groups, drop_path)
 

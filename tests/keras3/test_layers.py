@@ -183,6 +183,9 @@ def test_layers_compute_without_torch():
     (TypeError, "p must be an int", lambda: rk.AttentionModule(p=True)),
     (ValueError, "mask_depth=3 pools 3 times and needs a map of at least 5x5, got 4x9",
      lambda: rk.AttentionModule(mask_depth=3)(keras.Input((4, 9, 8)))),
+    (ValueError, "expected ndim=4, found ndim=3", lambda: rk.AttentionModule()(np.zeros((8, 8, 4), "float32"))),
+    (ValueError, r"channels are known, got the shape \(None, 8, 8, None\)",
+     lambda: rk.AttentionModule()(keras.Input((8, 8, None)))),
     (ValueError, "'unit' without weights", lambda: rk.load_torch_weights(rk.ResidualUnit(name="unit"), {})),
 ])
 def test_errors(error, match, call):

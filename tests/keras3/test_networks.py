@@ -127,7 +127,9 @@ def test_preprocess_input(dataset):
     (ValueError, "pooling must be one of 'avg', 'max', got 'mean'", dict(weights=None, pooling="mean")),
     (ValueError, r"input_shape must be \(height, width, channels\)", dict(weights=None, input_shape=(32, 32))),
     (ValueError, "classes must be at least 1, got 0", dict(weights=None, classes=0)),
-    (ValueError, "needs a map of at least 5x5, got 4x4", dict(weights=None, input_shape=(8, 8, 3))),
+    (ValueError, r"with 9 pixels or more a side, got \(8, 9, 3\)", dict(weights=None, input_shape=(8, 9, 3))),
+    (ValueError, "input_shape must have 3 channels, those of the weights", dict(input_shape=(32, 32, 1))),
+    (ValueError, "the channels a number", dict(weights=None, input_shape=(32, 32, None))),
 ])
 def test_errors(error, match, kwargs):
     with pytest.raises(error, match=match):
