@@ -6,6 +6,7 @@ of a step, the schedule and (with synchronised batch normalisation) the losses d
 import contextlib
 import inspect
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,10 @@ def leave_world() -> None:
     """Close the connections to the other processes, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # gloo's threads still hold the tensors of the last collectives and need the interpreter to let go of them. One
+        # that is ending refuses, and the process aborts ("terminate called without an active exception"), upon which
+        # torchrun kills the others. A sleep hands the interpreter over.
+        time.sleep(0.2)
 
 
 def data_parallel(model: nn.Module, world: World, device: torch.device) -> nn.Module:
