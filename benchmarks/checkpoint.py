@@ -3,6 +3,7 @@
 The file is written under a temporary name, flushed to the disk and renamed, so the last good one is always whole.
 Nothing is ever unpickled.
 """
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -53,13 +54,28 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     Raises:
         RunError: There is none, or it is damaged.
     """
+    with _open_checkpoint(folder) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Return the state of the checkpoint in ``folder``, without its tensors.
+
+    Raises:
+        RunError: There is none, or it is damaged.
+    """
+    with _open_checkpoint(folder) as file:
+        return dict(json.loads(file.metadata()["state"]))
+
+
+@contextlib.contextmanager
+def _open_checkpoint(folder: Path) -> Iterator[Any]:
     path = folder / FILE_NAME
     if not path.is_file():
         raise RunError(f"no checkpoint to resume in {folder}: {FILE_NAME} is missing")
     try:
         with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            return {name: file.get_tensor(name) for name in file.keys()}, state
+            yield file
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged ({error}); remove it and start again") from error
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
+from checkpoint import FILE_NAME, load_checkpoint, load_state, save_checkpoint
 from data import DATASETS, Dataset, corrupt_labels, load_dataset
 from display import Display, duration, show_plan
 from distributed import join_world, leave_world
@@ -45,7 +45,8 @@ import ran_layers  # noqa: F401  (registers the networks with timm)
 Split = tuple[torch.Tensor, torch.Tensor]  # images and labels
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = None) -> argparse.Namespace:
+    """Parse the command line; ``defaults`` by argument take the place of the parser's own."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="ran_att56_cifar", help="any timm model name")
@@ -72,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--deterministic", action="store_true",
                         help="same weights from the same seed on a GPU too, and what that costs; a CPU always does so")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/MODEL-DATASET-RECIPE-SEED)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the finished run in --out")
     group = parser.add_argument_group("hyper-parameters", "override the recipe's")
     for field in fields(Recipe):
@@ -85,6 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             group.add_argument(flag, type=float, nargs="*", default=None)
         else:
             group.add_argument(flag, type=type(default), choices=CHOICES.get(field.name), default=None)
+    parser.set_defaults(**defaults or {})
     args = parser.parse_args(argv)
     args.overrides = {
         field.name: tuple(value) if isinstance(value, list) else value
@@ -96,8 +98,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> torch.nn.Module:
     """Create the network for the data set, with the configuration that is saved beside its weights."""
-    if not is_model(args.model):
-        raise RunError(f"--model {args.model} is no timm model; see timm.list_models('ran_*') and timm.list_models()")
     kwargs = {}
     for item in args.model_kwargs:
         key, _, value = item.partition("=")
@@ -128,6 +128,8 @@ def train(args: argparse.Namespace) -> None:
             raise RunError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     recipe_name = args.recipe or ("best" if device.type == "cuda" else "quick")
     recipe = make_recipe(recipe_name, args.dataset, args.overrides)
+    if not is_model(args.model):
+        raise RunError(f"--model {args.model} is no timm model; see timm.list_models('ran_*') and timm.list_models()")
     out: Path = args.out or Path("runs") / f"{args.model}-{args.dataset}-{recipe_name}-{args.seed}"
     if args.deterministic:
         use_deterministic_kernels()
@@ -210,6 +212,17 @@ def train(args: argparse.Namespace) -> None:
     ), device, autocast, args.compile)
 
 
+def saved_arguments(out: Path) -> dict[str, Any]:
+    """Return the arguments that the run in ``out`` had, so that resuming it needs no others.
+
+    Raises:
+        RunError: There is no checkpoint, or it is damaged.
+    """
+    state = load_state(out)
+    settings = state["settings"]
+    return {**settings, "sync_bn": settings["bn_batch"] == settings["batch_size"], "data_dir": state.get("data_dir")}
+
+
 def check_folder(out: Path, settings: dict[str, Any], state: dict[str, Any] | None) -> None:
     """Refuse a folder that has another run, or, if there is a ``state`` to resume, one of other ``settings``."""
     if state is not None:
@@ -266,7 +279,9 @@ def run_epochs(
                 display.epoch(row)
             tensors, state = trainer.state()
             if world.main:
-                save_checkpoint(out, tensors, dict(state, settings=settings))
+                # The folder of the data may be another when the run is resumed, so it is no setting.
+                data_dir = args.data_dir and str(Path(args.data_dir).resolve())
+                save_checkpoint(out, tensors, dict(state, settings=settings, data_dir=data_dir))
     return stopped
 
 
@@ -283,12 +298,14 @@ def eval_only(args: argparse.Namespace) -> None:
     precision = args.precision or result["settings"]["precision"]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     result["final"].update(evaluate(model, data.test_images, data.test_labels, device, autocast))
-    print_final(result, args.out)
+    print_final(result)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        if args.resume and args.out:
+            args = parse_args(argv, saved_arguments(args.out))
         eval_only(args) if args.eval_only else train(args)
     except (RunError, OSError) as error:
         sys.exit(_fail(str(error)))

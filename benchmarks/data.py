@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from errors import RunError
+from errors import RunError, first_line
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,8 @@ def _hub_files(spec: Spec) -> dict[str, list[Path]]:
     except RunError:
         raise
     except Exception as error:  # offline, no such host, no cache, ...: the client has many names for it
-        reason = str(error).strip().splitlines()
         raise RunError(
-            f"cannot get {spec.repo} from the Hub ({type(error).__name__}: {reason[0][:160] if reason else ''}); "
+            f"cannot get {spec.repo} from the Hub ({type(error).__name__}: {first_line(error)}); "
             f"use --data-dir for Parquet files on disk, or --dataset digits, which needs no download"
         ) from error
 
@@ -151,7 +150,7 @@ def _read_parquet(
         try:
             table = pyarrow.parquet.read_table(file)
         except (pyarrow.ArrowException, OSError) as error:
-            raise RunError(f"{file} cannot be read as Parquet ({str(error).splitlines()[0][:160]}); fetch it again"
+            raise RunError(f"{file} cannot be read as Parquet ({first_line(error)}); fetch it again"
                             ) from error
         if not {"img", spec.label} <= set(table.column_names):
             raise RunError(f"{file} must have the columns 'img' and '{spec.label}', it has {table.column_names}")

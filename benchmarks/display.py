@@ -70,7 +70,7 @@ class Display:
         return (self.epochs * self.steps_per_epoch - step) * (time.perf_counter() - self.start) / done
 
     def step(self, step: int, loss: float | None = None, top1: float | None = None) -> None:
-        """Note that ``step`` steps are done; ``loss`` and ``top1`` are means over the epoch so far."""
+        """Note that ``step`` steps are done; ``loss`` and ``top1`` (percent) are means over the epoch so far."""
         epoch, in_epoch = divmod(step - 1, self.steps_per_epoch)
         if not self.estimated and step - self.first_step == 10:
             self.estimated = True

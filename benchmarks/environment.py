@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from errors import RunError
+from errors import RunError, first_line
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -27,7 +27,7 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RunError(f"--device {name} is not to be had here ({str(error).splitlines()[0][:120]})") from error
+        raise RunError(f"--device {name} is not to be had here ({first_line(error)})") from error
     return device
 
 

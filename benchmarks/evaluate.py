@@ -8,7 +8,7 @@ import augment
 import torch
 from checkpoint import write_atomic
 from distributed import World
-from errors import RunError
+from errors import RunError, first_line
 from timm import create_model
 from timm.models import save_for_hf
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,5 +75,4 @@ def load_exported(out: Path) -> Any:
     try:
         return create_model(f"local-dir:{out}", pretrained=True).eval()
     except Exception as error:  # timm and safetensors have many names for a missing or damaged file
-        reason = str(error).strip().splitlines()
-        raise RunError(f"cannot load the model in {out}: {reason[0][:200] if reason else error!r}") from error
+        raise RunError(f"cannot load the model in {out}: {first_line(error)}") from error

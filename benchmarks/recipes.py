@@ -2,6 +2,7 @@
 
 Each entry of a recipe is a command line flag of `cifar.py` too (`batch_size` is `--batch-size`).
 """
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -81,8 +82,8 @@ def make_recipe(name: str, dataset: str, overrides: dict[str, Any]) -> Recipe:
         flag = "--" + field.name.replace("_", "-")
         if field.name in CHOICES and value not in CHOICES[field.name]:
             raise RunError(f"{flag} must be one of {', '.join(CHOICES[field.name])}, got {value}")
-        if isinstance(value, (int, float)) and value < 0:
-            raise RunError(f"{flag} must not be negative, got {value}")
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # not a number neither
+            raise RunError(f"{flag} must be finite and not negative, got {value}")
     for name in ("epochs", "batch_size"):
         if getattr(recipe, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(recipe, name)}")

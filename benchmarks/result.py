@@ -29,7 +29,7 @@ def write_result(
         model.cpu(), data.test_images[:6], [data.class_names[label] for label in data.test_labels[:6]])
     if picture is not None:
         write_atomic(out / "masks.png", picture)
-    print_final(result, out)
+    print_final(result, f"trained in {duration(result['seconds'])}; saved in {out}")
 
 
 def seconds_to_top1(epochs: list[dict[str, Any]], final_top1: float) -> dict[str, float | None]:
@@ -49,8 +49,8 @@ def seconds_to_top1(epochs: list[dict[str, Any]], final_top1: float) -> dict[str
     return reached
 
 
-def print_final(result: dict[str, Any], out: Path) -> None:
-    """Print the accuracy, the headline of a run."""
+def print_final(result: dict[str, Any], remark: str = "") -> None:
+    """Print the accuracy, the headline of a run, and a ``remark`` behind it."""
     final = result["final"]
     print(f"{result['model']} on {result['dataset']}: test top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} %, "
-          f"error {100 - final['top1']:.2f} %, trained in {duration(result['seconds'])}; saved in {out}", flush=True)
+          f"error {100 - final['top1']:.2f} %" + (f", {remark}" if remark else ""), flush=True)

@@ -152,8 +152,8 @@ class Trainer:
         for done in range(first + 1, self.steps_per_epoch + 1):
             self.train_step()
             # Reading a figure waits for a GPU, so there the bar goes without figures inside the epoch.
-            figures = (self.sums / done).tolist() if self.device.type == "cpu" else (None, None)
-            display.step(self.step, *figures)
+            loss, top1 = (self.sums / done).tolist() if self.device.type == "cpu" else (None, None)
+            display.step(self.step, loss, None if top1 is None else 100 * top1)
             stopped = self.world.any(stop())
             if stopped:
                 break

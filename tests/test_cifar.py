@@ -69,7 +69,17 @@ def test_run_leaves_a_loadable_model_and_its_result(tmp_path, capsys):
     assert model.pretrained_cfg["label_names"] == [str(i) for i in range(10)]
 
     cifar.main(["--eval-only", "--device", "cpu", "--out", str(tmp_path / "run")])
-    assert f"test top-1 {result['final']['top1']:.2f} %" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"test top-1 {result['final']['top1']:.2f} %" in text
+    assert "trained" not in text
+
+
+def test_progress_bar_ends_with_the_figures_of_the_epoch(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(cifar.Display, "step", lambda self, step, loss, top1: shown.append((loss, top1)))
+    run("--epochs", "1", "--out", tmp_path / "run")
+    (row,) = json.loads((tmp_path / "run" / "result.json").read_text())["epochs"]
+    assert shown[-1] == pytest.approx((row["train_loss"], row["train_top1"]))
 
 
 def test_model_kwargs_travel_with_the_weights(tmp_path):
@@ -104,7 +114,9 @@ def test_interrupted_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capsy
             run(*args, "--out", tmp_path / "cut")
     assert exit_info.value.code == 128 + signal.SIGTERM
     assert f"stopped at step {step} of 10, saved; go on with: python benchmarks/cifar.py" in capsys.readouterr().out
-    run(*args, "--out", tmp_path / "cut", "--resume")
+    # The same command goes on, and so does one that says only where: the checkpoint has the settings.
+    again = [*SMALL, *args] if step == 5 else ["--device", "cpu"]
+    cifar.main([*again, "--out", str(tmp_path / "cut"), "--resume"])
 
     whole, cut = (load_checkpoint(tmp_path / name) for name in ("whole", "cut"))
     assert whole[0].keys() == cut[0].keys()
@@ -182,7 +194,8 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsy
     (["--limit", "-1"], "--limit must not be negative, got -1"),
     (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["--batch-size", "999"], "--batch-size 999 is above the 160 training images"),
-    (["--lr", "-1"], "--lr must not be negative, got -1.0"),
+    (["--lr", "-1"], "--lr must be finite and not negative, got -1.0"),
+    (["--lr", "nan"], "--lr must be finite and not negative, got nan"),
     (["--holdout", "160"], "--holdout must be below the 160 training images"),
     (["--resolutions", "0.5"], "--resolutions must be pairs"),
     (["--eval-only"], "--eval-only: no finished run in"),
