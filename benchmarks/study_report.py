@@ -57,7 +57,7 @@ def full_epochs(name: str) -> int:
 
 
 def write_report(results: Path, docs: Path) -> None:
-    """Write the study's part of ``docs/results.md`` and a plot for each table that has results.
+    """Write the study's part of ``docs/results.md`` and a plot for each table that has results to compare.
 
     Raises:
         RunError: The page lacks the marks between which the tables stand, or a result is damaged.
@@ -70,7 +70,7 @@ def write_report(results: Path, docs: Path) -> None:
     parts = []
     for key, table in TABLES.items():
         plot = docs / "assets" / f"study-{key}.png"
-        if any(row.experiment in finished for row in table.rows):
+        if comparable(table, finished):
             plot.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(plot, draw(table, finished))
         else:
@@ -86,14 +86,20 @@ def section(key: str, table: Table, finished: dict[str, list[Finished]]) -> str:
     lines = [f"| {' | '.join(head)} |", "| --- | --: | --: | --: | --: | --- |"]
     lines += [f"| {' | '.join(cells)} |" for row in table.rows for cells in cells_of(row, finished)]
     parts = [f"### {table.title}", table.text, "\n".join(lines)]
-    if any(row.experiment in finished for row in table.rows):
+    if comparable(table, finished):
         parts.append(f"![{table.title}: test errors, ours and published](assets/study-{key}.png)")
+    if any(row.experiment in finished for row in table.rows):
         commands = [f"# {row.label}\n{command(group.results)}"
                     for row in table.rows for group in finished.get(row.experiment, ())]
         parts.append("```text\n" + "\n".join(dict.fromkeys(commands)) + "\n```")
     else:
         parts.append(f"Not run yet: `python benchmarks/study.py --table {key}`.")
     return "\n\n".join(parts)
+
+
+def comparable(table: Table, finished: dict[str, list[Finished]]) -> bool:
+    """Return whether there is something to plot: a lone result is said by its table."""
+    return sum(len(finished.get(row.experiment, ())) for row in table.rows) > 1
 
 
 def cells_of(row: Row, finished: dict[str, list[Finished]]) -> Iterator[tuple[str, ...]]:
@@ -147,7 +153,9 @@ def draw(table: Table, finished: dict[str, list[Finished]]) -> bytes:
         axes.plot([group.mean], [y], "|", color="tab:blue", markersize=16, label="ours, mean")
         if row.published:
             axes.plot([row.published.error], [y], "D", color="tab:gray", fillstyle="none", label="published")
-    axes.set_yticks(range(len(rows)), [f"{row.label}, {group.epochs} epochs" for row, group in rows])
+    labels = [f"{row.label.replace('`', '')}, {group.epochs} epochs" for row, group in rows]
+    axes.set_yticks(range(len(rows)), labels)
+    axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.margins(y=0.15)
     axes.set_xlabel("top-1 test error, %")
