@@ -83,20 +83,23 @@ def shipped_weights() -> str:
         f"{result['macs'] / 1e6:.1f} M",
         f"`{result['recipe']}`, {len(result['epochs'])} epochs",
         f"{result['hardware']['name']}, {result['settings']['precision']}, {result['seconds'] / 3600:.1f} h",
-        _images_per_s(throughput, result["model"]),
+        _images_per_s(throughput, result["model"], result["settings"]["batch_size"]),
         next((f"{row['mean']:.2f} %" for row in (robustness or {}).get("results", ()) if row["model"] == name), "-"),
     ) for name, result in results.items()]
     commands = "\n\n".join(f"# {name}\n{result['command']}" for name, result in results.items())
     head = ("weights", "test error", "parameters", "MACs", "recipe", "trained on", "images/s", "corrupted images")
     text = table(head, "lrrrllrr", rows)
+    mirrored = ", ".join(f"`{name}` {100 - result['final']['top1_flip']:.2f} %" for name, result in results.items())
+    text += f"\n\nWith the outputs averaged over each image and its mirror image: {mirrored}."
     if throughput:
-        text += f"\n\nImages/s: forward and training, `{throughput['command']}` on {throughput['hardware']['name']}."
+        text += ("\n\nImages/s: forward and training, in batches of the recipe's size, "
+                 f"`{throughput['command']}` on {throughput['hardware']['name']}.")
     return f"{text}\n\nTrained by\n\n```text\n{commands}\n```\n\n{_corruptions(robustness)}"
 
 
-def _images_per_s(throughput: dict[str, Any] | None, model: str) -> str:
+def _images_per_s(throughput: dict[str, Any] | None, model: str, batch_size: int) -> str:
     for row in (throughput or {}).get("cases", ()):
-        if (row["form"], row["model"]) == ("harness", model):
+        if (row["form"], row["model"], row["batch_size"]) == ("harness", model, batch_size):
             return f"{row['forward']['images_per_s']:.0f}, {row['train']['images_per_s']:.0f}"
     return "-"
 
