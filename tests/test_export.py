@@ -81,10 +81,12 @@ def test_torchscript(case, script):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-def test_torchscript_keeps_the_size_check(script):
+def test_torchscript_keeps_the_checks_of_the_input(script):
     scripted = script(AttentionModule(8, mask_depth=3).eval())
     with pytest.raises(torch.jit.Error, match="mask_depth=3 needs a map of at least 5x5, got 4x6"):
         scripted(torch.randn(1, 8, 4, 6))
+    with pytest.raises(torch.jit.Error, match=r"Module of 8 channels takes .*, got \[1, 4, 9, 9\]"):
+        scripted(torch.randn(1, 4, 9, 9))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")

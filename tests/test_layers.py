@@ -149,6 +149,14 @@ def test_a_trunk_that_changes_the_shape(trunk, shape, learning):
     assert f"output of shape {shape} for an input of shape [2, 8, 5, 6]" in str(raised.value)
 
 
+@pytest.mark.parametrize("shape", [[2, 4, 5, 6], [2, 5, 6, 8], [8, 5, 6], [2, 8]], ids=str)
+@pytest.mark.parametrize("p", [0, 1])
+def test_input_of_other_channels_or_dimensions(shape, p):
+    with pytest.raises(ValueError, match="Attention Module of 8 channels takes maps of shape") as raised:
+        AttentionModule(8, p=p)(torch.randn(shape))
+    assert f"(batch, 8, height, width), got {shape}" in str(raised.value)
+
+
 @pytest.mark.parametrize("args", [{}, {"mask_act": "channel"}, {"mask_act": "spatial", "learning": "naive"}], ids=str)
 def test_gradcheck(args):
     module = with_weights(AttentionModule(2, t=1, bottle_ratio=0.5, **args))

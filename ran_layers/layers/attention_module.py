@@ -30,6 +30,21 @@ def check_trunk_shape(trunk: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return trunk
 
 
+@torch.fx.wrap
+def check_channels(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """Return ``x`` if it is a batch of maps of so many channels.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(
+            f"an Attention Module of {channels} channels takes maps of shape (batch, {channels}, height, width), "
+            f"got {list(x.shape)}"
+        )
+    return x
+
+
 class AttentionModule(nn.Module, HubMixin):
     """Attention Module (Wang et al. 2017, section 3 and Figure 2).
 
@@ -65,7 +80,8 @@ class AttentionModule(nn.Module, HubMixin):
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range; the message names it.
-        ValueError: In ``forward``, the map is too small for ``mask_depth``, or the trunk changes the shape.
+        ValueError: In ``forward``, the input has other channels, its map is too small for ``mask_depth``, or the
+            trunk changes the shape.
 
     Example:
         >>> module = AttentionModule(64, mask_depth=2)
@@ -115,6 +131,7 @@ class AttentionModule(nn.Module, HubMixin):
         def units(count: int) -> nn.Sequential:
             return nn.Sequential(*(unit_layer(channels, **unit_args) for _ in range(count)))
 
+        self.channels = channels
         self.residual = learning == "residual"
         self.pre = units(p)
         self.trunk = units(t) if trunk is None else trunk
@@ -128,7 +145,7 @@ class AttentionModule(nn.Module, HubMixin):
         self.post = units(p)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.pre(x)
+        x = self.pre(check_channels(x, self.channels))
         trunk, mask = check_trunk_shape(self.trunk(x), x), self.mask(x)
         # addcmul is trunk + mask * trunk in one pass: (1 + mask) * trunk without the map 1 + mask.
         x = torch.addcmul(trunk, mask, trunk) if self.residual else mask * trunk
