@@ -221,9 +221,9 @@ def run_cifar(args: list[str], data: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_files_that_are_linked_to_are_there(name):
+def test_what_is_linked_to_is_there(name):
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text())
-    missing = [target for target in targets if "://" not in target and not (ROOT / target).is_file()]
+    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
     assert not missing
 
 
