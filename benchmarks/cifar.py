@@ -35,6 +35,7 @@ from environment import (
 )
 from errors import RunError
 from evaluate import count_macs, evaluate, export_model, load_exported
+from fused_norm import why_not_fused
 from recipes import CHOICES, RECIPES, Recipe, make_recipe
 from result import print_final, write_result
 from timm import create_model, is_model
@@ -63,6 +64,9 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
                              "off on a CPU)")
     parser.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True,
                         help="under torchrun, batch normalisation over the global batch, not each process's slice")
+    parser.add_argument("--fused-norm", action=argparse.BooleanOptionalAction, default=None,
+                        help="on a CPU, batch normalisation and ReLU in one kernel, which a C++ compiler builds "
+                             "(default: where it can be had)")
     parser.add_argument("--holdout", type=int, default=0, metavar="ROWS",
                         help="keep so many training images out and evaluate each epoch on them")
     parser.add_argument("--eval-every", type=int, default=0, metavar="EPOCHS",
@@ -139,12 +143,17 @@ def train(args: argparse.Namespace) -> None:
     if recipe.batch_size % world.size:
         raise RunError(f"--batch-size {recipe.batch_size} must be a multiple of the {world.size} processes")
     sync_bn = world.size > 1 and args.sync_bn
+    if args.fused_norm is not False:
+        obstacle = why_not_fused(device, sync_bn, args.compile)
+        if args.fused_norm and obstacle:
+            raise RunError(f"--fused-norm is not to be had here: {obstacle}")
+        args.fused_norm = obstacle is None
 
     # Everything that decides the result; a checkpoint made under other settings is refused.
     settings = dict(
         model=args.model, model_kwargs=args.model_kwargs, dataset=args.dataset, recipe=recipe_name, **asdict(recipe),
-        seed=args.seed, precision=args.precision, holdout=args.holdout, limit=args.limit, label_noise=args.label_noise,
-        bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
+        seed=args.seed, precision=args.precision, fused_norm=args.fused_norm, holdout=args.holdout, limit=args.limit,
+        label_noise=args.label_noise, bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
     settings = json.loads(json.dumps(settings))
     resumed = load_checkpoint(out) if args.resume else None
     check_folder(out, settings, resumed[1] if resumed else None)
@@ -163,7 +172,8 @@ def train(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed + world.rank)  # dropout and stochastic depth differ between the slices
     # The whole data set lives on the training device.
     trainer = Trainer(
-        model, recipe, images.to(device), labels.to(device), autocast, args.seed, world, sync_bn, args.compile)
+        model, recipe, images.to(device), labels.to(device), autocast, args.seed, world, sync_bn, args.compile,
+        args.fused_norm)
     if resumed:
         trainer.restore(*resumed)
     if world.main:
@@ -172,6 +182,7 @@ def train(args: argparse.Namespace) -> None:
             "data set": f"{args.dataset}, {len(images)} training and {len(data.test_images)} test images"
                         + (f", {args.holdout} held out" if args.holdout else ""),
             "device": f"{hardware(device)['name']} ({device}), {args.precision}"
+                      + (", fused batch norm" if args.fused_norm else "")
                       + (f", {world.size} processes" if world.size > 1 else ""),
             "recipe": f"{recipe_name}, {recipe.epochs} epochs of {trainer.steps_per_epoch} steps of "
                       f"{recipe.batch_size} images, {recipe.optimizer}, lr {recipe.lr:g}",
