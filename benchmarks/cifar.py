@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from checkpoint import FILE_NAME, load_checkpoint, load_state, save_checkpoint
+from cpu_kernels import why_no_kernels
 from data import DATASETS, Dataset, corrupt_labels, load_dataset
 from display import Display, duration, show_plan
 from distributed import join_world, leave_world
@@ -35,7 +36,6 @@ from environment import (
 )
 from errors import RunError
 from evaluate import count_macs, evaluate, export_model, load_exported
-from fused_norm import why_not_fused
 from recipes import CHOICES, RECIPES, Recipe, make_recipe
 from result import print_final, write_result
 from timm import create_model, is_model
@@ -64,8 +64,8 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
                              "off on a CPU)")
     parser.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True,
                         help="under torchrun, batch normalisation over the global batch, not each process's slice")
-    parser.add_argument("--fused-norm", action=argparse.BooleanOptionalAction, default=None,
-                        help="on a CPU, batch normalisation and ReLU in one kernel, which a C++ compiler builds "
+    parser.add_argument("--cpu-kernels", action=argparse.BooleanOptionalAction, default=None,
+                        help="on a CPU, fused kernels for batch normalisation and masks, which a C++ compiler builds "
                              "(default: where it can be had)")
     parser.add_argument("--holdout", type=int, default=0, metavar="ROWS",
                         help="keep so many training images out and evaluate each epoch on them")
@@ -143,16 +143,16 @@ def train(args: argparse.Namespace) -> None:
     if recipe.batch_size % world.size:
         raise RunError(f"--batch-size {recipe.batch_size} must be a multiple of the {world.size} processes")
     sync_bn = world.size > 1 and args.sync_bn
-    if args.fused_norm is not False:
-        obstacle = why_not_fused(device, sync_bn, args.compile)
-        if args.fused_norm and obstacle:
-            raise RunError(f"--fused-norm is not to be had here: {obstacle}")
-        args.fused_norm = obstacle is None
+    if args.cpu_kernels is not False:
+        obstacle = why_no_kernels(device, sync_bn, args.compile)
+        if args.cpu_kernels and obstacle:
+            raise RunError(f"--cpu-kernels are not to be had here: {obstacle}")
+        args.cpu_kernels = obstacle is None
 
     # Everything that decides the result; a checkpoint made under other settings is refused.
     settings = dict(
         model=args.model, model_kwargs=args.model_kwargs, dataset=args.dataset, recipe=recipe_name, **asdict(recipe),
-        seed=args.seed, precision=args.precision, fused_norm=args.fused_norm, holdout=args.holdout, limit=args.limit,
+        seed=args.seed, precision=args.precision, cpu_kernels=args.cpu_kernels, holdout=args.holdout, limit=args.limit,
         label_noise=args.label_noise, bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
     settings = json.loads(json.dumps(settings))
     resumed = load_checkpoint(out) if args.resume else None
@@ -173,7 +173,7 @@ def train(args: argparse.Namespace) -> None:
     # The whole data set lives on the training device.
     trainer = Trainer(
         model, recipe, images.to(device), labels.to(device), autocast, args.seed, world, sync_bn, args.compile,
-        args.fused_norm)
+        args.cpu_kernels)
     if resumed:
         trainer.restore(*resumed)
     if world.main:
@@ -182,7 +182,7 @@ def train(args: argparse.Namespace) -> None:
             "data set": f"{args.dataset}, {len(images)} training and {len(data.test_images)} test images"
                         + (f", {args.holdout} held out" if args.holdout else ""),
             "device": f"{hardware(device)['name']} ({device}), {args.precision}"
-                      + (", fused batch norm" if args.fused_norm else "")
+                      + (", fused kernels" if args.cpu_kernels else "")
                       + (f", {world.size} processes" if world.size > 1 else ""),
             "recipe": f"{recipe_name}, {recipe.epochs} epochs of {trainer.steps_per_epoch} steps of "
                       f"{recipe.batch_size} images, {recipe.optimizer}, lr {recipe.lr:g}",

@@ -82,8 +82,8 @@ def write_report(results: Path, docs: Path) -> None:
 
 def section(key: str, table: Table, finished: dict[str, list[Finished]]) -> str:
     """Return a table of the study in Markdown, with its plot and the commands that made it."""
-    head = ("", "published, %", "ours, %", "difference", "epochs", "hardware")
-    lines = [f"| {' | '.join(head)} |", "| --- | --: | --: | --: | --: | --- |"]
+    head = ("", "published, %", "ours, %", "difference", "M parameters", "MMACs", "epochs", "hardware")
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " --: |" * (len(head) - 2) + " --- |"]
     lines += [f"| {' | '.join(cells)} |" for row in table.rows for cells in cells_of(row, finished)]
     parts = [f"### {table.title}", table.text, "\n".join(lines)]
     if comparable(table, finished):
@@ -107,14 +107,16 @@ def cells_of(row: Row, finished: dict[str, list[Finished]]) -> Iterator[tuple[st
     published = f"{row.published.error:.2f} ({row.published.source})" if row.published else ""
     groups = finished.get(row.experiment, [])
     if not groups:
-        yield row.label, published, "", "", "", ""
+        yield row.label, published, *[""] * 6
     for group in groups:
         full = full_epochs(row.experiment)
         short = f"**short**: {group.epochs} of {full}" if group.epochs < full else str(group.epochs)
         ours = f"{group.mean:.2f}"
         ours += f" ± {group.deviation:.2f} ({len(group.errors)} seeds)" if group.deviation is not None else " (1 seed)"
         names = sorted({result["hardware"]["name"] for result in group.results.values()})
-        yield row.label, published, ours, compare(row, group, finished), short, ", ".join(names)
+        network = next(iter(group.results.values()))
+        yield (row.label, published, ours, compare(row, group, finished), f"{network['params'] / 1e6:.2f}",
+               f"{network['macs'] / 1e6:.1f}", short, ", ".join(names))
 
 
 def compare(row: Row, group: Finished, finished: dict[str, list[Finished]]) -> str:

@@ -24,12 +24,15 @@ import augment
 import torch
 import torch.nn.functional as F
 from checkpoint import write_atomic, write_json
+from cpu_kernels import why_no_kernels
+from cpu_modules import use_cpu_kernels
 from environment import bf16_is_fast, command_line, compile_model, hardware, keep_freed_memory, pick_device, versions
 from errors import RunError
 from evaluate import count_macs
-from fused_norm import fuse_norms, why_not_fused
 from recipes import Recipe, make_optimizer
 from timm import create_model, is_model
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
 
@@ -110,8 +113,8 @@ class Case:
             model = model.to(device, memory_format=torch.channels_last)
             self.batches = self._resident_batches()
             compile_mode = "default" if device.type == "cuda" else "off"
-            if why_not_fused(device, sync_bn=False, compile_mode=compile_mode) is None:
-                fuse_norms(model)
+            if why_no_kernels(device, sync_bn=False, compile_mode=compile_mode) is None:
+                use_cpu_kernels(model)
             self.forward: Callable[..., torch.Tensor] = compile_model(model, compile_mode)
         else:
             model = model.to(device)
@@ -134,24 +137,12 @@ class Case:
             yield augment.normalize(x, mean, mean / 2), labels[rows]
 
     def _loaded_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        from PIL import Image
-        from torch.utils.data import DataLoader, Dataset
-        from torchvision import transforms
-
-        transform = transforms.Compose([
-            transforms.RandomCrop(self.images.shape[1], padding=4), transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)])
-        arrays, labels = self.images.numpy(), self.labels
-
-        class Images(Dataset):
-            def __len__(self) -> int:
-                return 64 * ROWS
-
-            def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-                return transform(Image.fromarray(arrays[i % ROWS])), labels[i % ROWS]
-
+        # Not forked: while a forked worker lives, this process, with all cases in it, writes to its memory in copies.
+        loader = DataLoader(
+            _Images(self.images.numpy(), self.labels), self.batch_size, shuffle=True, num_workers=2, drop_last=True,
+            multiprocessing_context="spawn")
         while True:
-            for x, y in DataLoader(Images(), self.batch_size, shuffle=True, num_workers=2, drop_last=True):
+            for x, y in loader:
                 yield x.to(self.device), y.to(self.device)
 
     def train_step(self) -> None:
@@ -212,6 +203,26 @@ class Case:
             row[kind] = dict(images_per_s=median, lowest=min(speeds), highest=max(speeds), flops_per_s=flops,
                              fraction_of_matmul=flops / matmul_ceiling)
         return row
+
+
+class _Images(TorchDataset):
+    """Images that are cropped, mirrored and normalised one by one, over and over."""
+
+    def __init__(self, arrays: Any, labels: torch.Tensor) -> None:
+        from torchvision import transforms
+
+        self.arrays, self.labels = arrays, labels
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(arrays.shape[1], padding=4), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)])
+
+    def __len__(self) -> int:
+        return 1024 * ROWS
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.arrays[i % ROWS])), self.labels[i % ROWS]
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from augment import augment_batch
 from checkpoint import load_optimizer_tensors, optimizer_tensors, prefixed, without_prefix
+from cpu_modules import use_cpu_kernels
 from display import Display
 from distributed import World, data_parallel, sync_batch_norm
 from environment import compile_model, price_of_determinism, warm_up
 from errors import RunError
-from fused_norm import fuse_norms
 from recipes import Recipe, lr_scale, make_optimizer, resolutions
 from timm.utils import ModelEmaV3
 
@@ -29,12 +29,12 @@ class Trainer:
         world: The processes that share each batch.
         sync_bn: Whether batch normalisation spans them.
         compile_mode: A mode of ``torch.compile``, or ``"off"``.
-        fused_norm: Whether batch normalisation goes through the fused kernel for CPUs.
+        cpu_kernels: Whether the model trains with the fused kernels for CPUs.
     """
 
     def __init__(
             self, model: Any, recipe: Recipe, images: torch.Tensor, labels: torch.Tensor, autocast: Any, seed: int,
-            world: World, sync_bn: bool, compile_mode: str, fused_norm: bool) -> None:
+            world: World, sync_bn: bool, compile_mode: str, cpu_kernels: bool) -> None:
         self.model, self.recipe, self.images, self.labels = model, recipe, images, labels
         self.autocast, self.seed, self.world, self.device = autocast, seed, world, images.device
         self.mean = torch.tensor(model.pretrained_cfg["mean"], device=self.device) * 255
@@ -42,8 +42,8 @@ class Trainer:
         self.optimizer = make_optimizer(recipe, model)
         # The warm-up keeps the random initial weights out of the average.
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-        if fused_norm:
-            fuse_norms(model)
+        if cpu_kernels:
+            use_cpu_kernels(model)
         synced = sync_batch_norm(model, self.device) if sync_bn else model
         self.forward = compile_model(data_parallel(synced, world, self.device), compile_mode)
         self.compile_mode = compile_mode

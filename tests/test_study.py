@@ -39,7 +39,7 @@ def result(error: float, epochs: int = 10, speed: float = 100.0) -> dict:
     precision = "bf16" if bf16_is_fast(torch.device("cpu")) else "fp32"  # what a run on this machine would say
     return dict(
         model="plain_cnn8_cifar", recipe="quick", settings={"precision": precision}, final={"error": error},
-        hardware=study.hardware(torch.device("cpu")), images_per_s=speed, macs=1_000_000, epochs=[{}] * epochs,
+        hardware=study.hardware(torch.device("cpu")), images_per_s=speed, params=2_000_000, macs=1_000_000, epochs=[{}] * epochs,
         command="python benchmarks/cifar.py --seed 0")
 
 
@@ -97,8 +97,8 @@ def test_tables_show_means_spreads_and_short_runs(tiny, tmp_path):
     study.main(["--report", *tiny])
     page = (tmp_path / "docs" / "results.md").read_text()
     hardware = result(0)["hardware"]["name"]
-    assert f"| A | 22.08 (report) | 40.00 (1 seed) |  | **short**: 3 of 8 | {hardware} |" in page
-    assert f"| A | 22.08 (report) | 21.00 ± 1.41 (2 seeds) |  | 8 | {hardware} |" in page
+    assert f"| A | 22.08 (report) | 40.00 (1 seed) |  | 2.00 | 1.0 | **short**: 3 of 8 | {hardware} |" in page
+    assert f"| A | 22.08 (report) | 21.00 ± 1.41 (2 seeds) |  | 2.00 | 1.0 | 8 | {hardware} |" in page
     assert "| 45.00 (1 seed) | +5.00, spread unknown |" in page
     assert "| 21.10 ± 0.85 (2 seeds) | +0.10 ± 0.57, within the spread |" in page
     assert "cifar.py --seed {0 1}" in page

@@ -1,7 +1,8 @@
-// Batch normalisation and the ReLU after it, each way in two passes over the maps instead of torch's five.
+// Batch normalisation and the ReLU after it, each way in two passes over the maps instead of torch's five; and the gate
+// of an Attention Module, each way in one.
 //
 // Maps are channels-last, seen as (rows, channels) with rows = batch * height * width, in float or bfloat16; everything
-// per channel is float. Built by fused_norm.py with the system's compiler, without torch's headers.
+// per channel is float. Built by cpu_kernels.py with the system's compiler, without torch's headers.
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -143,8 +144,8 @@ inline Floats passed(Floats grad, Floats input) {
 }
 
 template <bool RELU, class T>
-void forward(const T* x, T* y, const float* weight, const float* bias, float* running_mean, float* running_var,
-             float* saved, int64_t rows, int64_t channels, float eps, float momentum, int threads) {
+void norm_forward(const T* x, T* y, const float* weight, const float* bias, float* running_mean, float* running_var,
+                  float* saved, int64_t rows, int64_t channels, float eps, float momentum, int threads) {
     const Shape shape(rows, channels);
     const int64_t width = shape.width;
     float *mean = saved, *invstd = saved + channels, *scale = saved + 2 * channels, *shift = saved + 3 * channels;
@@ -197,9 +198,10 @@ void forward(const T* x, T* y, const float* weight, const float* bias, float* ru
         });
 }
 
+// `grad_past` is the gradient of what takes x past the normalisation, a shortcut; null where nothing does.
 template <bool RELU, class T>
-void backward(const T* grad_y, const T* x, T* grad_x, const float* saved, float* grad_weight, float* grad_bias,
-              int64_t rows, int64_t channels, int threads) {
+void norm_backward(const T* grad_y, const T* grad_past, const T* x, T* grad_x, const float* saved, float* grad_weight,
+                   float* grad_bias, int64_t rows, int64_t channels, int threads) {
     const Shape shape(rows, channels);
     const int64_t width = shape.width;
     const float *mean = saved, *invstd = saved + channels, *scale = saved + 2 * channels;
@@ -242,43 +244,81 @@ void backward(const T* grad_y, const T* x, T* grad_x, const float* saved, float*
                   [=, &scales, &shifts, &slopes, &offsets](auto vectors, int64_t row, int64_t end, int64_t column) {
             constexpr int N = decltype(vectors)::value;
             const Columns<N> a(scales, column), b(shifts, column), s(slopes, column), o(offsets, column);
-            const T *from = x + row * width + column, *above = grad_y + row * width + column;
-            T* to = grad_x + row * width + column;
-            for (; row < end; row++, from += width, above += width, to += width)
+            const int64_t start = row * width + column;
+            const T *from = x + start, *above = grad_y + start, *past = grad_past ? grad_past + start : nullptr;
+            T* to = grad_x + start;
+            for (; row < end; row++, from += width, above += width, to += width) {
                 for (int v = 0; v < N; v++) {
                     Floats value = load(from + v * LANES);
                     Floats grad = passed<RELU>(load(above + v * LANES), value * a[v] + b[v]);
-                    store(to + v * LANES, grad * a[v] + (value * s[v] + o[v]));
+                    Floats sum = grad * a[v] + (value * s[v] + o[v]);
+                    store(to + v * LANES, past ? sum + load(past + v * LANES) : sum);
                 }
+                if (past) past += width;
+            }
         });
+}
+
+// exp(x) as far as its result is a normal number; what is not a number stays so.
+inline Floats exponential(Floats x) {
+    x = x > 87 ? Floats{} + 87 : x;
+    x = x < -87 ? Floats{} - 87 : x;
+    const float shift = 12582912;  // 1.5 * 2 ** 23, above which floats are integers
+    Floats n = (x * 1.44269504f + shift) - shift;
+    Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first of few bits
+    Floats power = r * (1.f / 5040) + 1.f / 720;
+    for (float coefficient : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) power = power * r + coefficient;
+    return power * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+inline Floats sigmoid(Floats x) { return 1 / (1 + exponential(-x)); }
+
+// (1 + sigmoid(logits)) * trunk
+template <class T>
+void gate_forward(const T* trunk, const T* logits, T* y, int64_t values, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < values; i += LANES) {
+        Floats t = load(trunk + i);
+        store(y + i, t + t * sigmoid(load(logits + i)));
+    }
+}
+
+template <class T>
+void gate_backward(const T* grad_y, const T* trunk, const T* logits, T* grad_trunk, T* grad_logits, int64_t values,
+                   int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < values; i += LANES) {
+        Floats grad = load(grad_y + i), mask = sigmoid(load(logits + i));
+        store(grad_trunk + i, grad + grad * mask);
+        store(grad_logits + i, grad * load(trunk + i) * (mask * (1 - mask)));
+    }
 }
 
 }  // namespace
 
+// The types of the maps, as functions that ctypes finds by name.
+#define EXPORT(TYPE, SUFFIX)                                                                                          \
+    void norm_forward_##SUFFIX(const TYPE* x, TYPE* y, const float* weight, const float* bias, float* mean,           \
+                               float* var, float* saved, int64_t rows, int64_t channels, float eps, float momentum,   \
+                               int relu, int threads) {                                                               \
+        (relu ? norm_forward<true, TYPE> : norm_forward<false, TYPE>)(                                                \
+            x, y, weight, bias, mean, var, saved, rows, channels, eps, momentum, threads);                            \
+    }                                                                                                                 \
+    void norm_backward_##SUFFIX(const TYPE* grad_y, const TYPE* grad_past, const TYPE* x, TYPE* grad_x,               \
+                                const float* saved, float* grad_weight, float* grad_bias, int64_t rows,               \
+                                int64_t channels, int relu, int threads) {                                            \
+        (relu ? norm_backward<true, TYPE> : norm_backward<false, TYPE>)(                                              \
+            grad_y, grad_past, x, grad_x, saved, grad_weight, grad_bias, rows, channels, threads);                    \
+    }                                                                                                                 \
+    void gate_forward_##SUFFIX(const TYPE* trunk, const TYPE* logits, TYPE* y, int64_t values, int threads) {         \
+        gate_forward(trunk, logits, y, values, threads);                                                              \
+    }                                                                                                                 \
+    void gate_backward_##SUFFIX(const TYPE* grad_y, const TYPE* trunk, const TYPE* logits, TYPE* grad_trunk,          \
+                                TYPE* grad_logits, int64_t values, int threads) {                                     \
+        gate_backward(grad_y, trunk, logits, grad_trunk, grad_logits, values, threads);                               \
+    }
+
 extern "C" {
-
-void forward_float32(const float* x, float* y, const float* weight, const float* bias, float* mean, float* var,
-                     float* saved, int64_t rows, int64_t channels, float eps, float momentum, int relu, int threads) {
-    (relu ? forward<true, float> : forward<false, float>)(
-        x, y, weight, bias, mean, var, saved, rows, channels, eps, momentum, threads);
-}
-
-void forward_bfloat16(const BFloat16* x, BFloat16* y, const float* weight, const float* bias, float* mean, float* var,
-                      float* saved, int64_t rows, int64_t channels, float eps, float momentum, int relu, int threads) {
-    (relu ? forward<true, BFloat16> : forward<false, BFloat16>)(
-        x, y, weight, bias, mean, var, saved, rows, channels, eps, momentum, threads);
-}
-
-void backward_float32(const float* grad_y, const float* x, float* grad_x, const float* saved, float* grad_weight,
-                      float* grad_bias, int64_t rows, int64_t channels, int relu, int threads) {
-    (relu ? backward<true, float> : backward<false, float>)(
-        grad_y, x, grad_x, saved, grad_weight, grad_bias, rows, channels, threads);
-}
-
-void backward_bfloat16(const BFloat16* grad_y, const BFloat16* x, BFloat16* grad_x, const float* saved,
-                       float* grad_weight, float* grad_bias, int64_t rows, int64_t channels, int relu, int threads) {
-    (relu ? backward<true, BFloat16> : backward<false, BFloat16>)(
-        grad_y, x, grad_x, saved, grad_weight, grad_bias, rows, channels, threads);
-}
-
+EXPORT(float, float32)
+EXPORT(BFloat16, bfloat16)
 }

@@ -1,0 +1,184 @@
+"""Kernels for training on a CPU where torch's take long, with their gradients.
+
+`cpu_kernels.cpp` is built once by the system's C++ compiler, in a few seconds. Maps are channels-last, with a multiple
+of 16 channels, in float32 or bfloat16: :func:`fits` says which do.
+"""
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+# The OpenMP runtime is left open: it is torch's own, whose threads are there already, that the loader finds.
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
+LANES = 16  # of cpu_kernels.cpp
+_SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS: dict[str, list[Any]] = {
+    "norm_forward": [*[_POINTER] * 7, _SIZE, _SIZE, ctypes.c_float, ctypes.c_float, ctypes.c_int, ctypes.c_int],
+    "norm_backward": [*[_POINTER] * 7, _SIZE, _SIZE, ctypes.c_int, ctypes.c_int],
+    "gate_forward": [*[_POINTER] * 3, _SIZE, ctypes.c_int],
+    "gate_backward": [*[_POINTER] * 5, _SIZE, ctypes.c_int],
+}
+
+
+def why_no_kernels(device: torch.device, sync_bn: bool, compile_mode: str) -> str | None:
+    """Return what speaks against the kernels in a training, or None."""
+    if device.type != "cpu":
+        return "they are for CPUs, and the device is " + device.type
+    if sync_bn:
+        return "--sync-bn normalises over several processes"
+    if compile_mode != "off":
+        return "--compile makes kernels of its own"
+    return None if library() else "there is no C++ compiler, or its OpenMP is not torch's"
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the built kernels, or None where they cannot be built (no compiler, another OpenMP, ...)."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        return None
+    key = hashlib.sha256(repr((SOURCE.read_text(), compiler, FLAGS, platform.uname(), _processor())).encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ran-layers"
+    built = cache / f"cpu_kernels-{key.hexdigest()[:16]}.so"
+    try:
+        if not built.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as folder:  # then renamed: others may be building it too
+                compiled, linked = f"{folder}/cpu_kernels.o", f"{folder}/cpu_kernels.so"
+                for command in ([*FLAGS, "-c", str(SOURCE), "-o", compiled], ["-shared", compiled, "-o", linked]):
+                    subprocess.run([compiler, *command], check=True, capture_output=True)
+                os.replace(linked, built)
+        kernels = ctypes.CDLL(str(built))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    for name, arguments in _ARGUMENTS.items():
+        for suffix in _SUFFIXES.values():
+            getattr(kernels, f"{name}_{suffix}").argtypes = arguments
+    return kernels
+
+
+def _processor() -> str:
+    """Return what tells one kind of processor from another, since the kernels are built for this one alone."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line for line in lines if line.startswith("flags")), platform.processor())
+
+
+def _call(name: str, maps: list[torch.Tensor | None], *numbers: Any) -> None:
+    """Call the kernel for the type of the first map."""
+    assert maps[0] is not None
+    pointers = [None if m is None else m.data_ptr() for m in maps]
+    getattr(library(), f"{name}_{_SUFFIXES[maps[0].dtype]}")(*pointers, *numbers, torch.get_num_threads())
+
+
+def fits(*maps: torch.Tensor) -> bool:
+    """Whether the kernels take these maps, all of one shape and type."""
+    first = maps[0]
+    return first.device.type == "cpu" and first.dtype in _SUFFIXES and first.dim() == 4 and all(
+        x.shape == first.shape and x.dtype is first.dtype and x.shape[1] % LANES == 0 and x.numel() > x.shape[1]
+        and x.is_contiguous(memory_format=torch.channels_last) for x in maps)
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def batch_norm_act(norm: nn.BatchNorm2d, x: torch.Tensor, relu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalise ``x`` over the batch, update the running statistics, and apply a ReLU if asked for.
+
+    Two passes over the maps forward and two backward, for torch's ten.
+
+    Returns:
+        The output, and ``x`` itself to go past the normalisation: its gradient is added in the same pass.
+    """
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    return _BatchNormAct.apply(
+        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum, relu)
+
+
+class _BatchNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+            ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, running_mean: torch.Tensor,
+            running_var: torch.Tensor, eps: float, momentum: float, relu: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        channels = x.shape[1]
+        y = torch.empty_like(x)
+        saved = torch.empty(4 * channels)  # mean, 1 / deviation, scale, shift
+        _call("norm_forward", [x, y, weight, bias, running_mean, running_var, saved],
+              x.numel() // channels, channels, eps, momentum, relu)
+        ctx.save_for_backward(x, saved)
+        ctx.set_materialize_grads(False)
+        ctx.relu = relu
+        return y, x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        x, saved = ctx.saved_tensors
+        channels = x.shape[1]
+        grad_y, grad_past = (None if grad is None else _channels_last(grad) for grad in grads)
+        if grad_y is None:
+            return grad_past, *[None] * 7
+        grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty(channels), torch.empty(channels)
+        _call("norm_backward", [grad_y, grad_past, x, grad_x, saved, grad_weight, grad_bias],
+              x.numel() // channels, channels, ctx.relu)
+        return grad_x, grad_weight, grad_bias, *[None] * 5
+
+
+def gate(trunk: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return ``(1 + sigmoid(logits)) * trunk``, in one pass over the maps forward and one backward."""
+    return _Gate.apply(trunk, logits)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, trunk: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(trunk, logits)
+        y = torch.empty_like(trunk)
+        _call("gate_forward", [trunk, logits, y], y.numel())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        trunk, logits = ctx.saved_tensors
+        grad_trunk, grad_logits = torch.empty_like(trunk), torch.empty_like(logits)
+        _call("gate_backward", [_channels_last(grads[0]), trunk, logits, grad_trunk, grad_logits], trunk.numel())
+        return grad_trunk, grad_logits
+
+
+# What torch.compile puts in the place of a convolution and the sum after it. Not every build of torch has it.
+_HAS_CONV_ADD = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def pointwise_conv_add(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the convolution of ``x`` with 1x1 kernels plus ``other``, without writing the convolution's own output."""
+    weight = weight.to(x.dtype)
+    return _PointwiseConvAdd.apply(x, weight, other) if _HAS_CONV_ADD else F.conv2d(x, weight) + other
+
+
+class _PointwiseConvAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, other, weight, None, [0, 0], [1, 1], [1, 1], 1, "add", None, None, [], None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grads[0], x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
+        return grad_x, grad_weight, grads[0]

@@ -1,0 +1,242 @@
+"""The kernels for training on a CPU: the numbers of torch, and where they step aside."""
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import cifar
+import cpu_kernels
+from cpu_kernels import gate, library, pointwise_conv_add, why_no_kernels
+from cpu_modules import use_cpu_kernels
+
+from ran_layers import AttentionModule, ResidualUnit, ResidualUnitDown, record_masks
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(library() is None, reason="the kernels cannot be built here")
+# bfloat16 keeps 8 bits, so a rounded result is within 2 ** -9 of it.
+TOLERANCE = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2 ** -8, atol=2 ** -8)}
+
+
+def norm_and_twin(channels: int, relu: bool) -> tuple[nn.Module, nn.Module]:
+    """Return a fused layer with random parameters and the same layer in float64 as torch has it."""
+    norm = BatchNormAct2d(channels, apply_act=relu) if relu else nn.BatchNorm2d(channels, momentum=0.3)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    twin = copy.deepcopy(norm).double()
+    use_cpu_kernels(norm)
+    return norm, twin
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("shape", [(8, 64, 6, 6), (3, 16, 5, 7), (2, 48, 1, 3), (5, 512, 2, 2), (400, 32, 2, 2)])
+def test_outputs_gradients_and_statistics_are_those_of_batch_norm(shape, dtype, relu, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    norm, twin = norm_and_twin(shape[1], relu)
+    x = (3 * torch.randn(shape) + 2).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y, wanted = norm(x), twin(exact)
+    assert y.dtype is dtype
+    assert type(y.grad_fn).__name__ == "_BatchNormActBackward"
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    wanted.backward(grad.double())
+    torch.testing.assert_close(y.double(), wanted, **TOLERANCE[dtype])
+    torch.testing.assert_close(x.grad.double(), exact.grad, **TOLERANCE[dtype])
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(
+            getattr(norm, name).grad.double(), getattr(twin, name).grad, rtol=1e-4, atol=1e-4)
+    for name, buffer in norm.named_buffers():
+        torch.testing.assert_close(buffer.double(), twin.get_buffer(name).double(), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_a_mean_far_above_the_deviation_costs_no_digits():
+    norm, twin = norm_and_twin(16, relu=False)
+    x = (1000 + 0.1 * torch.randn(64, 16, 8, 8)).contiguous(memory_format=torch.channels_last)
+    # Numbers around 1000 are 6e-5 apart in float32: no formula does better than this.
+    torch.testing.assert_close(norm(x).double(), twin(x.double()), rtol=0, atol=2e-3)
+
+
+@needs_compiler
+def test_what_is_not_a_number_stays_so():
+    norm, _ = norm_and_twin(16, relu=True)
+    x = torch.randn(2, 16, 3, 3).contiguous(memory_format=torch.channels_last)
+    x[0, 5, 1, 1] = float("nan")
+    y = norm(x)
+    assert y[:, 5].isnan().all()
+    assert not y[:, :5].isnan().any()
+
+
+@needs_compiler
+def test_the_gradient_may_come_in_another_layout():
+    norm, twin = norm_and_twin(16, relu=True)
+    x = torch.randn(2, 16, 3, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    norm(x).sum().backward()  # one number, expanded
+    twin(exact).sum().backward()
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", ["evaluation", "layout", "channels", "type", "no running statistics"])
+def test_other_cases_go_the_way_of_torch(case):
+    channels = 8 if case == "channels" else 16
+    norm = BatchNormAct2d(channels, track_running_stats=case != "no running statistics")
+    x = torch.randn(2, channels, 4, 4).contiguous(memory_format=torch.channels_last)
+    if case == "layout":
+        x = x.contiguous()
+    if case == "type":
+        norm, x = norm.double(), x.double()
+    norm.train(case != "evaluation")
+    twin = copy.deepcopy(norm)
+    use_cpu_kernels(norm)
+    assert torch.equal(norm(x), twin(x))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_what_goes_past_the_normalisation_adds_its_gradient(dtype):
+    norm, twin = norm_and_twin(32, relu=True)
+    x = torch.randn(4, 32, 5, 3).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y, past = norm.with_input(x)
+    (y * 2 + past * past.detach()).float().sum().backward()
+    (twin(exact) * 2 + exact * exact.detach()).sum().backward()
+    tolerance = dict(rtol=2 ** -7, atol=2 ** -7) if dtype is torch.bfloat16 else TOLERANCE[dtype]
+    torch.testing.assert_close(x.grad.double(), exact.grad, **tolerance)
+    x.grad = None
+    norm.with_input(x)[1].sum().backward()  # nothing but the past
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_gate(dtype):
+    trunk, logits, grad = (
+        torch.randn(3, 16, 5, 7).mul(scale).to(dtype, memory_format=torch.channels_last) for scale in (1, 8, 1))
+    logits[0, 0, 0] = torch.tensor([-1000, -100, -80, 0, 80, 100, 1000.])
+    logits[0, 1, 0, 0] = float("nan")
+    trunk.requires_grad_(), logits.requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in (trunk, logits)]
+    y, wanted = gate(trunk, logits), (1 + exact[1].sigmoid()) * exact[0]
+    y.backward(grad)
+    wanted.backward(grad.double())
+    tolerance = dict(TOLERANCE[dtype], equal_nan=True)
+    torch.testing.assert_close(y.double(), wanted, **tolerance)
+    for x, x_exact in zip((trunk, logits), exact):
+        torch.testing.assert_close(x.grad.double(), x_exact.grad, **tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("has_conv_add", [True, False])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_convolution_and_sum(dtype, has_conv_add, monkeypatch):
+    if not has_conv_add:
+        monkeypatch.setattr(cpu_kernels, "_HAS_CONV_ADD", False)
+    x, other, grad = (
+        torch.randn(4, channels, 3, 5).to(dtype, memory_format=torch.channels_last).requires_grad_()
+        for channels in (16, 32, 32))
+    weight = torch.randn(32, 16, 1, 1, requires_grad=True)
+    tensors = (x, weight, other)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    y, wanted = pointwise_conv_add(*tensors), F.conv2d(*exact[:2]) + exact[2]
+    y.backward(grad)
+    wanted.backward(grad.double())
+    tolerance = dict(rtol=2 ** -6, atol=2 ** -4) if dtype is torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y.double(), wanted, **tolerance)
+    for t, t_exact in zip(tensors, exact):
+        torch.testing.assert_close(t.grad.double(), t_exact.grad, **tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("layer", [
+    lambda: ResidualUnit(32), lambda: ResidualUnit(16, 64), lambda: ResidualUnitDown(32, 64),
+    lambda: ResidualUnit(32, drop_path=0.5), lambda: ResidualUnit(24), lambda: AttentionModule(32, mask_depth=2),
+    lambda: AttentionModule(32, mask="local"), lambda: AttentionModule(32, mask_act="spatial"),
+    lambda: AttentionModule(32, learning="naive"), lambda: AttentionModule(32, act_layer=nn.SiLU),
+    lambda: AttentionModule(32, trunk=nn.Identity())])
+def test_layers_give_what_they_gave(layer):
+    plain = layer().to(memory_format=torch.channels_last)
+    fused = copy.deepcopy(plain)
+    use_cpu_kernels(fused)
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(4, plain.norm1.num_features if isinstance(plain, ResidualUnit) else plain.channels, 9, 6)
+    x = x.contiguous(memory_format=torch.channels_last)
+    outputs, grads = [], []
+    for module in (plain, fused):
+        torch.manual_seed(0)
+        images = x.clone().requires_grad_()
+        y = module(images)
+        y.square().mean().backward()
+        outputs.append(y)
+        grads.append([images.grad, *(param.grad for param in module.parameters())])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    for grad, wanted in zip(*reversed(grads)):
+        # Next to the kink of a ReLU, rounding decides about a value.
+        assert (grad - wanted).norm() <= 1e-2 * wanted.norm() + 1e-5
+    assert torch.equal(fused.eval()(x), fused(x))
+    torch.testing.assert_close(fused(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_those_who_look_at_the_masks_see_them():
+    model = timm.create_model("ran_att56_cifar").to(memory_format=torch.channels_last)
+    use_cpu_kernels(model)
+    x = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with record_masks(model) as masks:
+        watched = model(x)
+    assert len(masks) == 3
+    assert all(((0 < mask) & (mask < 1)).all() for mask in masks.values())
+    torch.testing.assert_close(model(x), watched, rtol=1e-3, atol=1e-3)
+
+
+@needs_compiler
+def test_gradients_of_a_network_are_as_exact_as_those_of_torch():
+    model = timm.create_model("ran_att56_cifar", num_classes=10).to(memory_format=torch.channels_last)
+    fused, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    use_cpu_kernels(fused)
+    assert fused.state_dict().keys() == model.state_dict().keys()
+    x, y = torch.randn(16, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.randint(10, (16,))
+    losses, grads = [], []
+    for network, images in ((model, x), (fused, x), (exact, x.double())):
+        loss = F.cross_entropy(network(images), y)
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(torch.cat([param.grad.double().flatten() for param in network.parameters()]))
+    assert losses[1] == pytest.approx(losses[2], rel=1e-6)
+    # Rounding moves values over the kinks of a hundred ReLUs, so one percent is usual for torch too.
+    torchs_error, error = ((grad - grads[2]).norm() / grads[2].norm() for grad in grads[:2])
+    assert error < 2 * torchs_error
+    assert torchs_error < 0.05
+
+
+def test_obstacles_are_named(monkeypatch, capsys, tmp_path):
+    assert "the device is cuda" in why_no_kernels(torch.device("cuda"), False, "off")
+    assert "--sync-bn" in why_no_kernels(CPU, True, "off")
+    assert "--compile" in why_no_kernels(CPU, False, "default")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cpu_kernels, "library", library.__wrapped__)
+    assert "no C++ compiler" in why_no_kernels(CPU, False, "off")
+    with pytest.raises(SystemExit):
+        cifar.main(["--dataset", "digits", "--device", "cpu", "--cpu-kernels", "--out", str(tmp_path / "run")])
+    assert "error: --cpu-kernels are not to be had here: there is no C++ compiler" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_compiler_that_fails_is_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert library.__wrapped__() is None
+    assert not list((tmp_path / "ran-layers").iterdir())
