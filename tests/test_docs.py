@@ -5,6 +5,7 @@ of training, a stand-in for the Hub. The few that cannot run are in ``NOT_RUN``,
 """
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
@@ -225,6 +226,16 @@ def test_what_is_linked_to_is_there(name):
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text())
     missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
     assert not missing
+
+
+def test_the_readme_quotes_what_was_measured():
+    readme, results = (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
+    differences = re.findall(r"\d+\.\d\d ± \d+\.\d\d", readme)
+    assert len(differences) >= 4
+    assert not [figure for figure in differences if f"+{figure}" not in results and f"-{figure}" not in results]
+    for record in (ROOT / "ran_layers" / "weights").glob("*.json"):
+        run = json.loads(record.read_text())
+        assert f"**{run['final']['error']:.2f}** (`{run['model']}`, {run['settings']['epochs']} epochs)" in readme
 
 
 class Links(HTMLParser):

@@ -39,8 +39,8 @@ def result(error: float, epochs: int = 10, speed: float = 100.0) -> dict:
     precision = "bf16" if bf16_is_fast(torch.device("cpu")) else "fp32"  # what a run on this machine would say
     return dict(
         model="plain_cnn8_cifar", recipe="quick", settings={"precision": precision}, final={"error": error},
-        hardware=study.hardware(torch.device("cpu")), images_per_s=speed, params=2_000_000, macs=1_000_000, epochs=[{}] * epochs,
-        command="python benchmarks/cifar.py --seed 0")
+        hardware=study.hardware(torch.device("cpu")), images_per_s=speed, params=2_000_000, macs=1_000_000,
+        epochs=[{}] * epochs, command="python benchmarks/cifar.py --seed 0")
 
 
 def save(folder: Path, name: str, epochs: int, *errors: float) -> None:
