@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
                         help="under torchrun, batch normalisation over the global batch, not each process's slice")
     parser.add_argument("--cpu-kernels", action=argparse.BooleanOptionalAction, default=None,
                         help="on a CPU, fused kernels for batch normalisation and masks, which a C++ compiler builds "
-                             "(default: where it can be had)")
+                             "(default: where they can be had)")
     parser.add_argument("--holdout", type=int, default=0, metavar="ROWS",
                         help="keep so many training images out and evaluate each epoch on them")
     parser.add_argument("--eval-every", type=int, default=0, metavar="EPOCHS",

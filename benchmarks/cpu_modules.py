@@ -69,17 +69,24 @@ class _ResidualUnit(ResidualUnit):
 
 class _AttentionModule(AttentionModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        act = self.mask.head.act
-        act.deferred = self.training and not self.mask._forward_hooks  # those who look at the mask shall see the mask
-        if not act.deferred:
+        if not self.training or self.mask._forward_hooks:  # those who look at the mask shall see the mask
             return super().forward(x)
         x = self.pre(check_channels(x, self.channels))
-        trunk, logits = check_trunk_shape(self.trunk(x), x), self.mask(x)
+        trunk, logits = check_trunk_shape(self.trunk(x), x), self._logits(x)
         if fits(trunk, logits):
             x = gate(trunk, logits)
         else:
             x = torch.addcmul(trunk, torch.sigmoid(logits), trunk)
         return self.post(x)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the mask is the sigmoid of; whoever calls the mask branch otherwise gets the mask."""
+        act = self.mask.head.act
+        act.deferred = True
+        try:
+            return self.mask(x)
+        finally:
+            act.deferred = False
 
 
 class _DeferrableSigmoid(MaskActivation):

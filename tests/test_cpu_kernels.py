@@ -199,6 +199,9 @@ def test_those_who_look_at_the_masks_see_them():
     assert len(masks) == 3
     assert all(((0 < mask) & (mask < 1)).all() for mask in masks.values())
     torch.testing.assert_close(model(x), watched, rtol=1e-3, atol=1e-3)
+    module = model.get_submodule(next(iter(masks)))
+    mask = module.mask(torch.randn(4, 64, 16, 16))  # called by itself, after a forward of the whole
+    assert ((0 < mask) & (mask < 1)).all()
 
 
 @needs_compiler

@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import throughput
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_cases_are_timed_in_turn_and_compared_with_the_ceilings(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(throughput, "matmul_flops", lambda *_: 1e12)
     monkeypatch.setattr(throughput, "copy_bytes", lambda *_: 1e10)
