@@ -4,6 +4,7 @@ The file is written under a temporary name, flushed to the disk and renamed, so 
 Nothing is ever unpickled.
 """
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from errors import RunError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 FILE_NAME = "checkpoint.safetensors"
 
@@ -66,6 +67,21 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     with _open_checkpoint(folder) as file:
         return dict(json.loads(file.metadata()["state"]))
+
+
+def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """Return the tensors of the safetensors file ``path``, and the SHA-256 of the file.
+
+    Raises:
+        RunError: There is no such file, or it is no safetensors file.
+    """
+    try:
+        content = path.read_bytes()
+        return load(content), hashlib.sha256(content).hexdigest()
+    except OSError as error:
+        raise RunError(f"cannot read the weights {path}: {error.strerror}") from error
+    except SafetensorError as error:
+        raise RunError(f"{path} is no safetensors file, or a damaged one ({error})") from error
 
 
 @contextlib.contextmanager

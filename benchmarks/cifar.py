@@ -4,6 +4,7 @@
     python benchmarks/cifar.py                             # ran_att56_cifar on CIFAR-10 from the Hub
     python benchmarks/cifar.py --data-dir DIR              # ... from Parquet files on disk
     torchrun --nproc-per-node 2 benchmarks/cifar.py  # ... data-parallel
+    python benchmarks/cifar.py --initial-checkpoint FILE   # ... from the weights of another run
     python benchmarks/cifar.py --resume --out DIR          # go on after an interruption
     python benchmarks/cifar.py --eval-only --out DIR       # the accuracy of a finished run
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import FILE_NAME, load_checkpoint, load_state, save_checkpoint
+from checkpoint import FILE_NAME, load_checkpoint, load_state, load_weights, save_checkpoint
 from cpu_kernels import why_no_kernels
 from data import DATASETS, Dataset, corrupt_labels, load_dataset
 from display import Display, duration, show_plan
@@ -53,6 +54,9 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     parser.add_argument("--model", default="ran_att56_cifar", help="any timm model name")
     parser.add_argument("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE",
                         help="arguments of the model, values as JSON, e.g. attention_args='{\"learning\": \"naive\"}'")
+    parser.add_argument("--initial-checkpoint", type=Path, metavar="FILE",
+                        help="begin with the weights of another run, its model.safetensors; a classifier of other "
+                             "classes begins anew")
     parser.add_argument("--dataset", default="cifar10", choices=DATASETS)
     parser.add_argument("--data-dir", help="Parquet files on disk, in the Hub's layout (default: the Hub)")
     parser.add_argument("--recipe", choices=RECIPES, help="default: best on a GPU, quick on a CPU")
@@ -124,6 +128,24 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> torc
     return model
 
 
+def begin_with(model: Any, weights: dict[str, torch.Tensor], origin: Path) -> None:
+    """Load ``weights`` into ``model``, but for a classifier of another number of classes.
+
+    Raises:
+        RunError: They are another network's; the message names ``origin`` and the first tensor that does not fit.
+    """
+    own = model.state_dict()
+    classifier = tuple(f"{model.pretrained_cfg['classifier']}.{name}" for name in ("weight", "bias"))
+    if any(name in weights and weights[name].shape != own[name].shape for name in classifier):
+        weights = {**weights, **{name: own[name] for name in classifier}}
+    for name in sorted({*own, *weights}):
+        if name not in own or name not in weights or own[name].shape != weights[name].shape:
+            shapes = (f"of shape {tuple(held[name].shape)}" if name in held else "not there" for held in (weights, own))
+            raise RunError("--initial-checkpoint {}: {} is {}, in the model it is {}; it must be of the same --model "
+                           "and --model-kwargs".format(origin, name, *shapes))
+    model.load_state_dict(weights)
+
+
 def train(args: argparse.Namespace) -> None:
     keep_freed_memory()
     world, device = join_world(args.device)
@@ -156,6 +178,11 @@ def train(args: argparse.Namespace) -> None:
         label_noise=args.label_noise, bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
     settings = json.loads(json.dumps(settings))
     resumed = load_checkpoint(out) if args.resume else None
+    initial, settings["initial_checkpoint"] = None, None
+    if args.initial_checkpoint:
+        initial, settings["initial_checkpoint"] = load_weights(args.initial_checkpoint)
+    elif resumed:
+        settings["initial_checkpoint"] = resumed[1]["settings"].get("initial_checkpoint")
     check_folder(out, settings, resumed[1] if resumed else None)
 
     with world.main_first() if args.data_dir is None else contextlib.nullcontext():
@@ -164,6 +191,8 @@ def train(args: argparse.Namespace) -> None:
 
     torch.manual_seed(args.seed)
     model = build_model(args, recipe, data)
+    if initial is not None:
+        begin_with(model, initial, args.initial_checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     params, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
     model = model.to(device, memory_format=torch.channels_last)
@@ -186,6 +215,7 @@ def train(args: argparse.Namespace) -> None:
                       + (f", {world.size} processes" if world.size > 1 else ""),
             "recipe": f"{recipe_name}, {recipe.epochs} epochs of {trainer.steps_per_epoch} steps of "
                       f"{recipe.batch_size} images, {recipe.optimizer}, lr {recipe.lr:g}",
+            **({"begins with": str(args.initial_checkpoint)} if initial is not None and not resumed else {}),
             "out": f"{out}" + (f", resumed at step {trainer.step} of {trainer.total_steps}" if resumed else ""),
         })
     compile_seconds = trainer.compile()
@@ -231,7 +261,9 @@ def saved_arguments(out: Path) -> dict[str, Any]:
     """
     state = load_state(out)
     settings = state["settings"]
-    return {**settings, "sync_bn": settings["bn_batch"] == settings["batch_size"], "data_dir": state.get("data_dir")}
+    return {
+        **settings, "sync_bn": settings["bn_batch"] == settings["batch_size"], "data_dir": state.get("data_dir"),
+        "initial_checkpoint": None}  # the setting is its digest, and its weights are no longer needed
 
 
 def check_folder(out: Path, settings: dict[str, Any], state: dict[str, Any] | None) -> None:
@@ -275,7 +307,7 @@ def run_epochs(
     world, stopped = trainer.world, 0
     trainer.model.train()
     with Display(trainer.recipe.epochs, trainer.steps_per_epoch, trainer.recipe.batch_size, trainer.step,
-                 quiet=not world.main) as display:
+                 work=trainer.work, quiet=not world.main) as display:
         while trainer.step < trainer.total_steps and not stopped:
             try:
                 stopped = trainer.train_epoch(display, lambda: stop["signal"])

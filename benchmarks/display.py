@@ -1,6 +1,7 @@
 """What a run shows: its plan, its progress in a terminal or on a pipe, and the curves it leaves."""
 import sys
 import time
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
@@ -38,11 +39,17 @@ def show_plan(rows: dict[str, str]) -> None:
 
 
 class Display:
-    """Progress of a training: a bar with loss, accuracy, images/s and time left; one line an epoch on a pipe."""
+    """Progress of a training: a bar with loss, accuracy, images/s and time left; one line an epoch on a pipe.
+
+    Args:
+        work: What of the computing is done at a fraction of the steps, in any unit.
+    """
 
     def __init__(
-            self, epochs: int, steps_per_epoch: int, batch_size: int, first_step: int, quiet: bool = False) -> None:
+            self, epochs: int, steps_per_epoch: int, batch_size: int, first_step: int, work: Callable[[float], float],
+            quiet: bool = False) -> None:
         self.epochs, self.steps_per_epoch, self.batch_size = epochs, steps_per_epoch, batch_size
+        self.work = work
         self.start, self.first_step = time.perf_counter(), first_step
         self.console = Console()
         self.quiet = quiet
@@ -65,9 +72,9 @@ class Display:
         return (step - self.first_step) * self.batch_size / max(time.perf_counter() - self.start, 1e-9)
 
     def time_left(self, step: int) -> float:
-        """Seconds to the end at the mean speed so far."""
-        done = max(step - self.first_step, 1)
-        return (self.epochs * self.steps_per_epoch - step) * (time.perf_counter() - self.start) / done
+        """Seconds to the end, where the work so far is a measure of the rest; one step at least must be done."""
+        first, now = (self.work(done / (self.epochs * self.steps_per_epoch)) for done in (self.first_step, step))
+        return (self.work(1.0) - now) * (time.perf_counter() - self.start) / (now - first)
 
     def step(self, step: int, loss: float | None = None, top1: float | None = None) -> None:
         """Note that ``step`` steps are done; ``loss`` and ``top1`` (percent) are means over the epoch so far."""

@@ -4,6 +4,7 @@ Each entry of a recipe is a command line flag of `cifar.py` too (`batch_size` is
 """
 import math
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -115,6 +116,15 @@ def resolutions(recipe: Recipe, full: int) -> list[int]:
     """Sides of the training images in the order in which they come."""
     changes = sorted({0.0, *recipe.resolutions[::2]})
     return list(dict.fromkeys(resolution_at(recipe, start, full) for start in changes))
+
+
+def pixels_seen(recipe: Recipe, progress: float, full: int) -> float:
+    """Pixels of each training image up to ``progress``, in those of one image times the whole training.
+
+    The time that a training takes goes by it.
+    """
+    changes = sorted({0.0, progress, *(start for start in recipe.resolutions[::2] if start < progress)})
+    return sum(resolution_at(recipe, start, full) ** 2 * (end - start) for start, end in pairwise(changes))
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ from display import Display
 from distributed import World, data_parallel, sync_batch_norm
 from environment import compile_model, price_of_determinism, warm_up
 from errors import RunError
-from recipes import Recipe, lr_scale, make_optimizer, resolutions
+from recipes import Recipe, lr_scale, make_optimizer, pixels_seen, resolutions
 from timm.utils import ModelEmaV3
 
 
@@ -109,6 +109,10 @@ class Trainer:
     def _input_shapes(self) -> list[tuple[int, int, int, int]]:
         rows, channels = self.recipe.batch_size // self.world.size, self.images.shape[-1]
         return [(rows, channels, side, side) for side in resolutions(self.recipe, self.images.shape[1])]
+
+    def work(self, progress: float) -> float:
+        """Return what of the computing is done at ``progress`` of the training, in no unit of its own."""
+        return pixels_seen(self.recipe, progress, self.images.shape[1])
 
     def train_step(self) -> None:
         """Train on the next batch."""
