@@ -1,7 +1,7 @@
 """Kernels for training on a CPU where torch's take long, with their gradients.
 
-`cpu_kernels.cpp` is built once by the system's C++ compiler, in a few seconds. Maps are channels-last, with a multiple
-of 16 channels, in float32 or bfloat16: :func:`fits` says which do.
+`cpu_kernels.cpp` and its headers are built once by the system's C++ compiler, in a few seconds. Maps are channels-last,
+with a multiple of 16 channels, in float32 or bfloat16: :func:`fits` says which do.
 """
 import ctypes
 import functools
@@ -16,17 +16,19 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 # The OpenMP runtime is left open: it is torch's own, whose threads are there already, that the loader finds.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
-LANES = 16  # of cpu_kernels.cpp
+LANES = 16  # of cpu_vectors.h
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS: dict[str, list[Any]] = {
     "norm_forward": [*[_POINTER] * 7, _SIZE, _SIZE, ctypes.c_float, ctypes.c_float, ctypes.c_int, ctypes.c_int],
     "norm_backward": [*[_POINTER] * 7, _SIZE, _SIZE, ctypes.c_int, ctypes.c_int],
+    "norm_statistics": [*[_POINTER] * 6, _SIZE, _SIZE, ctypes.c_float, ctypes.c_float, ctypes.c_int],
+    "pointwise_forward": [*[_POINTER] * 5, _SIZE, _SIZE, _SIZE, ctypes.c_int],
+    "pointwise_backward": [*[_POINTER] * 9, _SIZE, _SIZE, _SIZE, ctypes.c_int],
     "gate_forward": [*[_POINTER] * 3, _SIZE, ctypes.c_int],
     "gate_backward": [*[_POINTER] * 5, _SIZE, ctypes.c_int],
 }
@@ -49,7 +51,8 @@ def library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return None
-    key = hashlib.sha256(repr((SOURCE.read_text(), compiler, FLAGS, platform.uname(), _processor())).encode())
+    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("cpu_*.h")))]
+    key = hashlib.sha256(repr((sources, compiler, FLAGS, platform.uname(), _processor())).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ran-layers"
     built = cache / f"cpu_kernels-{key.hexdigest()[:16]}.so"
     try:
@@ -138,6 +141,59 @@ class _BatchNormAct(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, *[None] * 5
 
 
+def norm_act_pointwise(
+        norm: nn.BatchNorm2d, x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalise ``x`` over the batch, apply a ReLU, convolve with 1x1 kernels, and add ``other`` if there is one.
+
+    The activated map is never written: it is made anew in the backward pass.
+
+    Args:
+        weight: float32 ``(channels out, channels in, 1, 1)``, with both a multiple of 16.
+
+    Returns:
+        The output, and ``x`` itself to go past all that: its gradient is added in the same pass.
+    """
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    return _NormActPointwise.apply(
+        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum, weight, other)
+
+
+class _NormActPointwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+            ctx: Any, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, running_mean: torch.Tensor,
+            running_var: torch.Tensor, eps: float, momentum: float, weight: torch.Tensor, other: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, channels, height, width = x.shape
+        rows, channels_out = batch * height * width, weight.shape[0]
+        saved = torch.empty(4 * channels)  # mean, 1 / deviation, scale, shift
+        _call("norm_statistics", [x, norm_weight, norm_bias, running_mean, running_var, saved],
+              rows, channels, eps, momentum)
+        y = torch.empty(
+            (batch, channels_out, height, width), dtype=x.dtype, memory_format=torch.channels_last)
+        _call("pointwise_forward", [x, other, y, saved, weight], rows, channels, channels_out)
+        ctx.save_for_backward(x, saved, weight)
+        ctx.set_materialize_grads(False)
+        ctx.has_other = other is not None
+        return y, x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        x, saved, weight = ctx.saved_tensors
+        channels_out, channels = weight.shape[:2]
+        grad_y, grad_past = (None if grad is None else _channels_last(grad) for grad in grads)
+        if grad_y is None:
+            return grad_past, *[None] * 8
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+        grad_norm_weight, grad_norm_bias = torch.empty(channels), torch.empty(channels)
+        _call("pointwise_backward",
+              [grad_y, grad_past, x, grad_x, saved, weight, grad_weight, grad_norm_weight, grad_norm_bias],
+              x.numel() // channels, channels, channels_out)
+        return grad_x, grad_norm_weight, grad_norm_bias, *[None] * 4, grad_weight, grad_y if ctx.has_other else None
+
+
 def gate(trunk: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Return ``(1 + sigmoid(logits)) * trunk``, in one pass over the maps forward and one backward."""
     return _Gate.apply(trunk, logits)
@@ -157,28 +213,3 @@ class _Gate(torch.autograd.Function):
         grad_trunk, grad_logits = torch.empty_like(trunk), torch.empty_like(logits)
         _call("gate_backward", [_channels_last(grads[0]), trunk, logits, grad_trunk, grad_logits], trunk.numel())
         return grad_trunk, grad_logits
-
-
-# What torch.compile puts in the place of a convolution and the sum after it. Not every build of torch has it.
-_HAS_CONV_ADD = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-
-
-def pointwise_conv_add(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return the convolution of ``x`` with 1x1 kernels plus ``other``, without writing the convolution's own output."""
-    weight = weight.to(x.dtype)
-    return _PointwiseConvAdd.apply(x, weight, other) if _HAS_CONV_ADD else F.conv2d(x, weight) + other
-
-
-class _PointwiseConvAdd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, other, weight, None, [0, 0], [1, 1], [1, 1], 1, "add", None, None, [], None)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x, weight = ctx.saved_tensors
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grads[0], x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
-        return grad_x, grad_weight, grads[0]

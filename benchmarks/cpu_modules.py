@@ -1,20 +1,20 @@
 """Modules of a network that train with the kernels of `cpu_kernels.py`."""
 import torch
 import torch.nn as nn
-from cpu_kernels import batch_norm_act, fits, gate, pointwise_conv_add
+from cpu_kernels import LANES, batch_norm_act, fits, gate, norm_act_pointwise
 from timm.layers import BatchNormAct2d
 
 from ran_layers import AttentionModule, LocalMaskBranch, ResidualUnit, ResidualUnitDown, SoftMaskBranch
 from ran_layers.layers.attention_module import check_channels, check_trunk_shape
-from ran_layers.layers.mask_branch import MaskActivation
+from ran_layers.layers.mask_branch import MaskActivation, MaskHead
 
 
 def use_cpu_kernels(model: nn.Module) -> None:
     """Let ``model`` train with the kernels, where :func:`cpu_kernels.why_no_kernels` says nothing.
 
-    Batch normalisation with the ReLU after it, the sum of a residual unit and the gate of an Attention Module change
-    the way they are computed in training. Parameters, statistics and what the model does in evaluation stay as they
-    are, and maps that the kernels do not take go torch's way.
+    Batch normalisation with the ReLU and the 1x1 convolution after it, the sum of a residual unit and the gate of an
+    Attention Module change the way they are computed in training. Parameters, statistics and what the model does in
+    evaluation stay as they are, and maps that the kernels do not take go torch's way.
     """
     for module in model.modules():
         if type(module) is AttentionModule and _has_plain_gate(module):
@@ -47,24 +47,61 @@ class _BatchNormAct2d(BatchNormAct2d):
 
     def with_input(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the output, and the input for what goes past this layer."""
-        act = type(self.act)
-        if act not in (nn.ReLU, nn.Identity) or type(self.drop) is not nn.Identity or not _norm_fits(self, x):
+        if not self.fits(x):
             return super().forward(x), x
-        return batch_norm_act(self, x, relu=act is nn.ReLU)
+        return batch_norm_act(self, x, relu=type(self.act) is nn.ReLU)
+
+    def fits(self, x: torch.Tensor) -> bool:
+        return type(self.act) in (nn.ReLU, nn.Identity) and type(self.drop) is nn.Identity and _norm_fits(self, x)
+
+
+def _norm_act_conv(
+        norm: nn.Module, conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``conv(norm(x)) + other``, and ``x`` for what goes past all that."""
+    if not isinstance(norm, _BatchNormAct2d):
+        y, past = conv(norm(x)), x
+    elif norm.fits(x) and type(norm.act) is nn.ReLU and _is_pointwise(conv, x) and (other is None or (
+            other.shape[1] == conv.out_channels and other.shape[2:] == x.shape[2:] and other.dtype is x.dtype
+            and fits(other))):
+        return norm_act_pointwise(norm, x, conv.weight, other)
+    else:
+        y, past = norm.with_input(x)
+        y = conv(y)
+    return y if other is None else y + other, past
+
+
+def _is_pointwise(conv: nn.Conv2d, x: torch.Tensor) -> bool:
+    """Whether ``conv`` is a 1x1 convolution that gives maps of the type of ``x``."""
+    computed_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    return (
+        type(conv) is nn.Conv2d and conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0)
+        and conv.groups == 1 and conv.bias is None and conv.out_channels % LANES == 0
+        and conv.weight.dtype is torch.float32 and x.dtype is computed_in)
 
 
 class _ResidualUnit(ResidualUnit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or type(self.norm1) is not _BatchNormAct2d:
+        if not self.training:
             return super().forward(x)
-        preact, shortcut = self.norm1.with_input(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(preact)
-        x = self.norm3(self.conv2(self.norm2(self.conv1(preact))))
-        plain = type(self.conv3) is nn.Conv2d and type(self.drop_path) is nn.Identity
-        if plain and x.dtype is shortcut.dtype and fits(x) and fits(shortcut):
-            return pointwise_conv_add(x, self.conv3.weight, shortcut)
-        return self.drop_path(self.conv3(x)) + shortcut
+        if self.downsample is None:
+            x, shortcut = _norm_act_conv(self.norm1, self.conv1, x)
+        else:
+            preact = self.norm1(x)
+            x, shortcut = self.conv1(preact), self.downsample(preact)
+        x = self.conv2(self.norm2(x))
+        if type(self.drop_path) is nn.Identity:
+            return _norm_act_conv(self.norm3, self.conv3, x, shortcut)[0]
+        return self.drop_path(_norm_act_conv(self.norm3, self.conv3, x)[0]) + shortcut
+
+
+class _MaskHead(MaskHead):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or not hasattr(self, "norm1"):
+            return super().forward(x)
+        x, _ = _norm_act_conv(self.norm1, self.conv1, x)
+        x, _ = _norm_act_conv(self.norm2, self.conv2, x)
+        return self.act(x)
 
 
 class _AttentionModule(AttentionModule):
@@ -100,4 +137,4 @@ class _DeferrableSigmoid(MaskActivation):
 
 _FASTER: dict[type, type] = {
     nn.BatchNorm2d: _BatchNorm2d, BatchNormAct2d: _BatchNormAct2d, ResidualUnit: _ResidualUnit,
-    ResidualUnitDown: _ResidualUnit}
+    ResidualUnitDown: _ResidualUnit, MaskHead: _MaskHead}

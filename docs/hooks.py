@@ -119,6 +119,25 @@ def _corruptions(robustness: dict[str, Any] | None) -> str:
               f"CIFAR-10-C: `{robustness['command']}`.")
 
 
+def time_to_accuracy() -> str:
+    """The shortest training seen to reach each accuracy on CIFAR-10, by network and hardware."""
+    fastest: dict[tuple[float, str, str], tuple[float, dict[str, Any]]] = {}
+    for file in (*WEIGHTS.glob("*.json"), *(REPOSITORY / "benchmarks" / "results" / "study").glob("*.json")):
+        result = json.loads(file.read_text())
+        if result["dataset"] != "cifar10":
+            continue
+        for goal, seconds in (result.get("seconds_to_top1") or {}).items():
+            key = float(goal), result["model"], result["hardware"]["name"]
+            if seconds is not None and seconds < fastest.get(key, (float("inf"),))[0]:
+                fastest[key] = seconds, result
+    rows = [(
+        f"{goal:g} %", f"`{model}`", f"{seconds / 60:.1f} min", f"{len(result['epochs'])}",
+        f"{result['compile_seconds']:.0f} s" if result["compile_seconds"] else "-", name, f"`{result['command']}`",
+    ) for (goal, model, name), (seconds, result) in sorted(fastest.items())]
+    return table(("accuracy", "network", "training", "epochs of the run", "compilation", "on", "command"), "llrrrll",
+                 rows)
+
+
 def published() -> str:
     """The figures of the report, the paper and other implementations."""
     rows = [(row.source, row.network, row.dataset, row.variant, f"{row.error:.2f}") for row in PUBLISHED]
@@ -228,5 +247,5 @@ def resnet18_attention(result: dict[str, Any]) -> str:
 
 
 TABLES = {"model-zoo": model_zoo, "published": published, "recipes": recipes, "shipped-weights": shipped_weights,
-          "survive": survive, "scaling": scaling, "throughput": throughput, "fuse": fuse,
-          "resnet18-attention": resnet18_attention}
+          "time-to-accuracy": time_to_accuracy, "survive": survive, "scaling": scaling, "throughput": throughput,
+          "fuse": fuse, "resnet18-attention": resnet18_attention}

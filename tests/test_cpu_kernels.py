@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
 import cpu_kernels
-from cpu_kernels import gate, library, pointwise_conv_add, why_no_kernels
+from cpu_kernels import gate, library, norm_act_pointwise, why_no_kernels
 from cpu_modules import use_cpu_kernels
 
 from ran_layers import AttentionModule, ResidualUnit, ResidualUnitDown, record_masks
@@ -139,24 +139,55 @@ def test_gate(dtype):
 
 
 @needs_compiler
-@pytest.mark.parametrize("has_conv_add", [True, False])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("has_other", [True, False])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_convolution_and_sum(dtype, has_conv_add, monkeypatch):
-    if not has_conv_add:
-        monkeypatch.setattr(cpu_kernels, "_HAS_CONV_ADD", False)
-    x, other, grad = (
-        torch.randn(4, channels, 3, 5).to(dtype, memory_format=torch.channels_last).requires_grad_()
-        for channels in (16, 32, 32))
-    weight = torch.randn(32, 16, 1, 1, requires_grad=True)
-    tensors = (x, weight, other)
+@pytest.mark.parametrize("shape", [(4, 16, 64, 6, 7), (2, 144, 48, 5, 3), (3, 512, 128, 1, 1), (7, 32, 16, 13, 11)])
+def test_norm_relu_and_pointwise_convolution(shape, dtype, has_other, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    batch, channels, channels_out, height, width = shape
+    norm, twin = norm_and_twin(channels, relu=True)
+    x = (2 * torch.randn(batch, channels, height, width) + 1).to(dtype, memory_format=torch.channels_last)
+    other, grad = (
+        torch.randn(batch, channels_out, height, width).to(dtype, memory_format=torch.channels_last) for _ in range(2))
+    weight = torch.randn(channels_out, channels, 1, 1) / channels ** 0.5
+    past_grad = torch.randn_like(x)
+    tensors = [t.requires_grad_() for t in (x, weight, other)]
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    y, wanted = pointwise_conv_add(*tensors), F.conv2d(*exact[:2]) + exact[2]
-    y.backward(grad)
-    wanted.backward(grad.double())
-    tolerance = dict(rtol=2 ** -6, atol=2 ** -4) if dtype is torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(y.double(), wanted, **tolerance)
-    for t, t_exact in zip(tensors, exact):
-        torch.testing.assert_close(t.grad.double(), t_exact.grad, **tolerance)
+
+    y, past = norm_act_pointwise(norm, x, weight, other if has_other else None)
+    wanted = F.conv2d(twin(exact[0]), exact[1]) + (exact[2] if has_other else 0)
+    torch.autograd.backward([y, past], [grad, past_grad])
+    torch.autograd.backward([wanted, exact[0]], [grad.double(), past_grad.double()])
+    assert y.dtype is dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    # bfloat16 rounds what is multiplied, by up to 2 ** -9, and the sum.
+    tolerance = 2e-5 if dtype is torch.float32 else 2 ** -7
+    pairs = [(y, wanted), (x.grad, exact[0].grad), (weight.grad, exact[1].grad)]
+    pairs += [(getattr(norm, name).grad, getattr(twin, name).grad) for name in ("weight", "bias")]
+    for value, value_wanted in pairs:
+        assert (value.double() - value_wanted).norm() <= tolerance * value_wanted.norm()
+    if has_other:
+        assert torch.equal(other.grad, grad)
+    for name, buffer in norm.named_buffers():
+        torch.testing.assert_close(buffer.double(), twin.get_buffer(name).double(), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_what_is_not_a_number_passes_the_convolution(dtype):
+    norm, _ = norm_and_twin(16, relu=True)
+    x = torch.randn(2, 16, 3, 3).to(dtype, memory_format=torch.channels_last)
+    x[0, 5, 1, 1] = float("nan")
+    assert norm_act_pointwise(norm, x, torch.ones(16, 16, 1, 1))[0].isnan().all()
+
+
+@needs_compiler
+def test_only_the_past_may_have_a_gradient():
+    norm, _ = norm_and_twin(16, relu=True)
+    x = torch.randn(2, 16, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    norm_act_pointwise(norm, x, torch.ones(16, 16, 1, 1))[1].sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
 
 
 @needs_compiler

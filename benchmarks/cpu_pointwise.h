@@ -1,0 +1,215 @@
+// A 1x1 convolution of a normalised and activated map. The activated map is made part by part in the cache and never
+// written: forward that saves a pass out and a pass in, backward the gradient's too.
+//
+// K is the channels in, N those out, both multiples of LANES. Sums are in float. bfloat16 values are multiplied in
+// pairs, so what is summed over, K forward, N and rows backward, is laid out in words of two.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "cpu_norm.h"
+#include "cpu_vectors.h"
+
+namespace {
+
+// What a multiplication takes at once: `STEP` values of each factor, in a word.
+template <class T>
+struct Factor;
+
+template <>
+struct Factor<float> {
+    typedef float Word;
+    static constexpr int STEP = 1;
+
+    static Word pack(const float* values) { return values[0]; }
+
+    static Floats multiply_add(Floats sum, Word a, const Word* b) { return sum + a * load(b); }
+
+    static void store_rows(Word* to, const Floats* rows) { store(to, rows[0]); }
+};
+
+template <>
+struct Factor<BFloat16> {
+    typedef uint32_t Word;
+    static constexpr int STEP = 2;
+
+    static Word pack(const float* values) {
+        Words words = rounded(Floats{values[0], values[1]});
+        return words[0] | words[1] << 16;
+    }
+
+    static Floats multiply_add(Floats sum, Word a, const Word* b) {
+        Words first = Words{} + a, second;
+        std::memcpy(&second, b, sizeof second);
+#ifdef __AVX512BF16__
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)first, (__m512bh)second);
+#else
+        sum += (Floats)(first << 16) * (Floats)(second << 16);
+        return sum + (Floats)(first & 0xffff0000) * (Floats)(second & 0xffff0000);
+#endif
+    }
+
+    static void store_rows(Word* to, const Floats* rows) {
+        Words words = rounded(rows[0]) | rounded(rows[1]) << 16;
+        std::memcpy(to, &words, sizeof words);
+    }
+};
+
+// The factors of a product of matrices: `rows` by `steps` words at `a`, of which the next in a row is `a_step` on and
+// that of the next row `a_row`; and `steps` rows of `columns` words at `b`.
+template <class Word>
+struct Product {
+    const Word* a;
+    int64_t a_row, a_step, rows;
+    const Word* b;
+    int64_t columns, steps;
+};
+
+template <class T, bool ADD, int ROWS, int VECTORS>
+inline void tile(const Product<typename Factor<T>::Word>& p, int64_t row, int64_t column, float* out) {
+    Floats sums[ROWS][VECTORS];
+    out += row * p.columns + column;
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = ADD ? load(out + r * p.columns + v * LANES) : Floats{};
+    const auto *a = p.a + row * p.a_row, *b = p.b + column;
+    for (int64_t step = 0; step < p.steps; step++, a += p.a_step, b += p.columns)
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++)
+                sums[r][v] = Factor<T>::multiply_add(sums[r][v], a[r * p.a_row], b + v * LANES);
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) store(out + r * p.columns + v * LANES, sums[r][v]);
+}
+
+// Sixteen sums at a time, so that they need not wait for each other.
+template <class T, bool ADD, int VECTORS>
+void columns_of_product(const Product<typename Factor<T>::Word>& p, int64_t column, float* out) {
+    constexpr int ROWS = 16 / VECTORS;
+    int64_t row = 0;
+    for (; row + ROWS <= p.rows; row += ROWS) tile<T, ADD, ROWS, VECTORS>(p, row, column, out);
+    for (; row < p.rows; row++) tile<T, ADD, 1, VECTORS>(p, row, column, out);
+}
+
+// out = a b, or out += a b
+template <class T, bool ADD>
+void multiply(const Product<typename Factor<T>::Word>& p, float* out) {
+    int64_t column = 0;
+    for (; column + 4 * LANES <= p.columns; column += 4 * LANES) columns_of_product<T, ADD, 4>(p, column, out);
+    for (; column + 2 * LANES <= p.columns; column += 2 * LANES) columns_of_product<T, ADD, 2>(p, column, out);
+    for (; column < p.columns; column += LANES) columns_of_product<T, ADD, 1>(p, column, out);
+}
+
+// Rows of a part of the maps, of which the cache holds all that is made of them.
+inline int64_t part_rows(int64_t channels_in, int64_t channels_out) {
+    return std::max<int64_t>(32, 16384 / (channels_in + channels_out) / 16 * 16);
+}
+
+// y = weight * relu(norm(x)) + other; `other` may be null.
+template <class T>
+void pointwise_forward(const T* x, const T* other, T* y, const float* saved, const float* weight, int64_t rows,
+                       int64_t K, int64_t N, int threads) {
+    typedef Factor<T> F;
+    typedef typename F::Word Word;
+    const float *scale = saved + 2 * K, *shift = saved + 3 * K;
+    std::vector<Word> packed(K / F::STEP * N);
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t k = 0; k < K; k += F::STEP) packed[k / F::STEP * N + n] = F::pack(weight + n * K + k);
+    const int64_t part = part_rows(K, N);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        std::vector<T> activations(part * K);
+        std::vector<float> sums(part * N);
+        const int64_t last = rows * (thread + 1) / threads;
+        for (int64_t row = rows * thread / threads; row < last; row += part) {
+            const int64_t count = std::min(part, last - row);
+            for (int64_t k = 0; k < K; k += LANES) {
+                const Floats a = load(scale + k), b = load(shift + k);
+                for (int64_t r = 0; r < count; r++)
+                    store(&activations[r * K + k], activated<true>(load(x + (row + r) * K + k) * a + b));
+            }
+            multiply<T, false>({reinterpret_cast<const Word*>(activations.data()), K / F::STEP, 1, count,
+                                packed.data(), N, K / F::STEP}, sums.data());
+            for (int64_t i = 0; i < count * N; i += LANES) {
+                Floats sum = load(&sums[i]);
+                store(y + row * N + i, other ? sum + load(other + row * N + i) : sum);
+            }
+        }
+    }
+}
+
+// Rows as a sum over rows takes them: a word has a value of each of `STEP` rows, zeros for those beyond the last.
+inline const float* words_of_rows(const float* rows, int64_t, int64_t, std::vector<float>&) { return rows; }
+
+inline const uint32_t* words_of_rows(
+        const BFloat16* rows, int64_t count, int64_t width, std::vector<uint32_t>& buffer) {
+    for (int64_t r = 0; r < count; r += 2)
+        for (int64_t c = 0; c < width; c += LANES) {
+            const Floats both[2] = {
+                load(rows + r * width + c), r + 1 < count ? load(rows + (r + 1) * width + c) : Floats{}};
+            Factor<BFloat16>::store_rows(&buffer[r / 2 * width + c], both);
+        }
+    return buffer.data();
+}
+
+// The gradients of all that pointwise_forward takes but `other`, whose gradient is `grad_y` itself.
+template <class T>
+void pointwise_backward(const T* grad_y, const T* grad_past, const T* x, T* grad_x, const float* saved,
+                        const float* weight, float* grad_weight, float* grad_norm_weight, float* grad_norm_bias,
+                        int64_t rows, int64_t K, int64_t N, int threads) {
+    typedef Factor<T> F;
+    typedef typename F::Word Word;
+    const float *mean = saved, *scale = saved + 2 * K, *shift = saved + 3 * K;
+    std::vector<Word> packed(N / F::STEP * K);
+    for (int64_t n = 0; n < N; n += F::STEP)
+        for (int64_t k = 0; k < K; k++) {
+            float values[2] = {weight[n * K + k], weight[(n + F::STEP - 1) * K + k]};
+            packed[n / F::STEP * K + k] = F::pack(values);
+        }
+    const int64_t part = part_rows(K, N);
+    std::vector<double> sums(threads * K), products(threads * K);
+    std::vector<float> grad_weights(threads * N * K);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        std::vector<float> grads(part * K);
+        std::vector<Word> activations(part * K), grad_words(part * N);
+        const int64_t last = rows * (thread + 1) / threads;
+        for (int64_t row = rows * thread / threads; row < last; row += part) {
+            const int64_t count = std::min(part, last - row), steps = (count + F::STEP - 1) / F::STEP;
+            const T* grad = grad_y + row * N;
+            multiply<T, false>({reinterpret_cast<const Word*>(grad), N / F::STEP, 1, count, packed.data(), K,
+                                N / F::STEP}, grads.data());
+            for (int64_t k = 0; k < K; k += LANES) {
+                const Floats a = load(scale + k), b = load(shift + k), middle = load(mean + k);
+                Floats sum{}, product{};
+                for (int64_t step = 0; step < steps; step++) {
+                    Floats active[F::STEP]{};
+                    for (int64_t i = 0, r = step * F::STEP; i < F::STEP && r < count; i++, r++) {
+                        Floats value = load(x + (row + r) * K + k), input = value * a + b;
+                        Floats passing = passed<true>(load(&grads[r * K + k]), input);
+                        store(grad_x + (row + r) * K + k, passing);
+                        active[i] = activated<true>(input);
+                        sum += passing;
+                        product += passing * (value - middle);
+                    }
+                    F::store_rows(&activations[step * K + k], active);
+                }
+                add(&sums[thread * K + k], sum);
+                add(&products[thread * K + k], product);
+            }
+            multiply<T, true>({words_of_rows(grad, count, N, grad_words), 1, N, N, activations.data(), K, steps},
+                              &grad_weights[thread * N * K]);
+        }
+    }
+    for (int thread = 1; thread < threads; thread++) {
+        for (int64_t k = 0; k < K; k++) {
+            sums[k] += sums[thread * K + k];
+            products[k] += products[thread * K + k];
+        }
+        for (int64_t i = 0; i < N * K; i++) grad_weights[i] += grad_weights[thread * N * K + i];
+    }
+    std::copy(grad_weights.begin(), grad_weights.begin() + N * K, grad_weight);
+    sums.resize(K), products.resize(K);
+    norm_input_gradient<false>(
+        grad_x, grad_past, x, grad_x, saved, sums, products, grad_norm_weight, grad_norm_bias, rows, K, threads);
+}
+
+}  // namespace

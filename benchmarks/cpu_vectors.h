@@ -1,0 +1,84 @@
+// Vectors of 16 floats, and maps in float or bfloat16 that are read and written as such.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16;  // floats of a vector
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef double Doubles __attribute__((vector_size(8 * LANES)));
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline Floats load(const float* from) {
+    Floats value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline Floats load(const BFloat16* from) {
+#ifdef __AVX512BF16__
+    __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#else
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    Words words = __builtin_convertvector(halves, Words);
+#endif
+    return (Floats)((Words)words << 16);
+}
+
+inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+
+// The bits of the nearest bfloat16, the even one of two, of each value.
+inline Words rounded(Floats value) {
+#ifdef __AVX512BF16__
+    return (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)value));
+#else
+    Words bits = (Words)value;
+    Words is_nan = (Words)(value != value);
+    return (((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & ~is_nan) | (0x7fc0 & is_nan);
+#endif
+}
+
+inline void store(BFloat16* to, Floats value) {
+#ifdef __AVX512BF16__
+    __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
+#else
+    Halves halves = __builtin_convertvector(rounded(value), Halves);
+#endif
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+inline Floats keep(Ints mask, Floats value) { return (Floats)(mask & (Ints)value); }
+
+inline void add(double* to, Floats value) {
+    Doubles sum;
+    std::memcpy(&sum, to, sizeof sum);
+    sum += __builtin_convertvector(value, Doubles);
+    std::memcpy(to, &sum, sizeof sum);
+}
+
+// The output of the ReLU; what is not a number stays so.
+template <bool RELU>
+inline Floats activated(Floats value) {
+    return RELU ? keep(~(value < 0), value) : value;
+}
+
+// The gradient that passes it, given its input.
+template <bool RELU>
+inline Floats passed(Floats grad, Floats input) {
+    return RELU ? keep(~(input <= 0), grad) : grad;
+}
+
+}  // namespace
