@@ -29,6 +29,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "norm_statistics": [*[_POINTER] * 6, _SIZE, _SIZE, ctypes.c_float, ctypes.c_float, ctypes.c_int],
     "pointwise_forward": [*[_POINTER] * 5, _SIZE, _SIZE, _SIZE, ctypes.c_int],
     "pointwise_backward": [*[_POINTER] * 9, _SIZE, _SIZE, _SIZE, ctypes.c_int],
+    "conv3x3_forward": [*[_POINTER] * 4, *[_SIZE] * 6, ctypes.c_int],
+    "conv3x3_backward": [*[_POINTER] * 8, *[_SIZE] * 6, ctypes.c_int],
     "gate_forward": [*[_POINTER] * 3, _SIZE, ctypes.c_int],
     "gate_backward": [*[_POINTER] * 5, _SIZE, ctypes.c_int],
 }
@@ -192,6 +194,47 @@ class _NormActPointwise(torch.autograd.Function):
               [grad_y, grad_past, x, grad_x, saved, weight, grad_weight, grad_norm_weight, grad_norm_bias],
               x.numel() // channels, channels, channels_out)
         return grad_x, grad_norm_weight, grad_norm_bias, *[None] * 4, grad_weight, grad_y if ctx.has_other else None
+
+
+def norm_act_conv3x3(norm: nn.BatchNorm2d, x: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor:
+    """Normalise ``x`` over the batch, apply a ReLU, and convolve with 3x3 kernels and a padding of 1.
+
+    Args:
+        weight: float32 ``(channels out, channels in, 3, 3)``, with both a multiple of 16.
+    """
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    return _NormActConv3x3.apply(
+        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum, weight, stride)
+
+
+class _NormActConv3x3(torch.autograd.Function):
+    @staticmethod
+    def forward(
+            ctx: Any, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, running_mean: torch.Tensor,
+            running_var: torch.Tensor, eps: float, momentum: float, weight: torch.Tensor, stride: int) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        saved = torch.empty(4 * channels)  # mean, 1 / deviation, scale, shift
+        _call("norm_statistics", [x, norm_weight, norm_bias, running_mean, running_var, saved],
+              batch * height * width, channels, eps, momentum)
+        y = torch.empty((batch, weight.shape[0], (height - 1) // stride + 1, (width - 1) // stride + 1), dtype=x.dtype,
+                        memory_format=torch.channels_last)
+        weight = _channels_last(weight)
+        ctx.sizes = batch, height, width, channels, weight.shape[0], stride
+        _call("conv3x3_forward", [x, y, saved, weight], *ctx.sizes)
+        ctx.save_for_backward(x, saved, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, saved, weight = ctx.saved_tensors
+        channels = x.shape[1]
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+        grad_norm_weight, grad_norm_bias = torch.empty(channels), torch.empty(channels)
+        _call("conv3x3_backward",
+              [_channels_last(grads[0]), x, grad_x, saved, weight, grad_weight, grad_norm_weight, grad_norm_bias],
+              *ctx.sizes)
+        return grad_x, grad_norm_weight, grad_norm_bias, *[None] * 4, grad_weight, None
 
 
 def gate(trunk: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

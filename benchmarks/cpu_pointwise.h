@@ -80,10 +80,11 @@ inline void tile(const Product<typename Factor<T>::Word>& p, int64_t row, int64_
         for (int v = 0; v < VECTORS; v++) store(out + r * p.columns + v * LANES, sums[r][v]);
 }
 
-// Sixteen sums at a time, so that they need not wait for each other.
+// Eight or sixteen sums at a time, so that they need not wait for each other; more rows take more addresses than there
+// are registers.
 template <class T, bool ADD, int VECTORS>
 void columns_of_product(const Product<typename Factor<T>::Word>& p, int64_t column, float* out) {
-    constexpr int ROWS = 16 / VECTORS;
+    constexpr int ROWS = VECTORS == 4 ? 4 : 8;
     int64_t row = 0;
     for (; row + ROWS <= p.rows; row += ROWS) tile<T, ADD, ROWS, VECTORS>(p, row, column, out);
     for (; row < p.rows; row++) tile<T, ADD, 1, VECTORS>(p, row, column, out);

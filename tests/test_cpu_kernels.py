@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
 import cpu_kernels
-from cpu_kernels import gate, library, norm_act_pointwise, why_no_kernels
+from cpu_kernels import gate, library, norm_act_conv3x3, norm_act_pointwise, why_no_kernels
 from cpu_modules import use_cpu_kernels
 
 from ran_layers import AttentionModule, ResidualUnit, ResidualUnitDown, record_masks
@@ -171,6 +171,52 @@ def test_norm_relu_and_pointwise_convolution(shape, dtype, has_other, threads, m
         assert torch.equal(other.grad, grad)
     for name, buffer in norm.named_buffers():
         torch.testing.assert_close(buffer.double(), twin.get_buffer(name).double(), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("shape", [
+    (37, 16, 16, 8, 8), (2, 48, 144, 5, 6), (70, 128, 128, 2, 2), (5, 16, 32, 1, 1), (3, 32, 16, 1, 9)])
+def test_norm_relu_and_3x3_convolution(shape, dtype, stride, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    batch, channels, channels_out, height, width = shape
+    norm, twin = norm_and_twin(channels, relu=True)
+    x = (2 * torch.randn(batch, channels, height, width) + 1).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(channels_out, channels, 3, 3) / channels ** 0.5  # in the other memory order
+    tensors = [t.requires_grad_() for t in (x, weight)]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+
+    y, wanted = norm_act_conv3x3(norm, x, weight, stride), F.conv2d(twin(exact[0]), exact[1], None, stride, 1)
+    assert y.shape == wanted.shape
+    assert y.dtype is dtype
+    grad = torch.randn(wanted.shape).to(dtype)  # in the other memory order
+    y.backward(grad)
+    wanted.backward(grad.double())
+    tolerance = 2e-5 if dtype is torch.float32 else 2 ** -7
+    pairs = [(y, wanted), (x.grad, exact[0].grad), (weight.grad, exact[1].grad)]
+    pairs += [(getattr(norm, name).grad, getattr(twin, name).grad) for name in ("weight", "bias")]
+    for value, value_wanted in pairs:
+        assert (value.double() - value_wanted).norm() <= tolerance * value_wanted.norm()
+    for name, buffer in norm.named_buffers():
+        torch.testing.assert_close(buffer.double(), twin.get_buffer(name).double(), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_the_kernels_are_what_a_network_trains_with():
+    model = timm.create_model("ran_att56_cifar").to(memory_format=torch.channels_last)
+    use_cpu_kernels(model)
+    with torch.profiler.profile() as profile:
+        model(torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)).sum().backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    units = sum(isinstance(module, ResidualUnit) for module in model.modules())
+    changing = sum(isinstance(module, ResidualUnit) and module.downsample is not None for module in model.modules())
+    assert calls["_NormActConv3x3"] == units
+    assert calls["_NormActPointwise"] == 2 * units - changing + 2 * 3  # and the heads of three masks
+    assert calls["_Gate"] == 3
+    # The stem; and where channels change, the first convolution and the shortcut share an activated map.
+    assert calls["aten::convolution"] == 1 + 2 * changing
 
 
 @needs_compiler

@@ -1,0 +1,195 @@
+// A 3x3 convolution, with padding of one pixel, of a normalised and activated map, which is made part by part in the
+// cache and never written.
+//
+// It is a sum of products of matrices, one for each position of the output and each of the nine taps that lie inside
+// the map there, of which the rows are images. So nothing is padded, and on small maps, where most taps lie outside,
+// most of the multiplications fall away.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "cpu_norm.h"
+#include "cpu_pointwise.h"
+#include "cpu_vectors.h"
+
+namespace {
+
+constexpr int TAPS = 9;
+
+// Sizes of the maps in and out: K and N channels.
+struct Conv3x3 {
+    int64_t batch, height, width, K, N, stride;
+
+    int64_t height_out() const { return (height - 1) / stride + 1; }
+    int64_t width_out() const { return (width - 1) / stride + 1; }
+    int64_t positions() const { return height * width; }
+    int64_t positions_out() const { return height_out() * width_out(); }
+
+    // Images whose maps the cache holds.
+    int64_t part() const { return std::max<int64_t>(16, 65536 / (positions() * std::max(K, N)) / 16 * 16); }
+
+    // The position that each tap sees from each position of the output, -1 outside of the map.
+    std::vector<int64_t> seen() const {
+        std::vector<int64_t> table;
+        for (int64_t y = 0; y < height_out(); y++)
+            for (int64_t x = 0; x < width_out(); x++)
+                for (int tap = 0; tap < TAPS; tap++) {
+                    int64_t seen_y = y * stride + tap / 3 - 1, seen_x = x * stride + tap % 3 - 1;
+                    bool outside = seen_y < 0 || seen_y >= height || seen_x < 0 || seen_x >= width;
+                    table.push_back(outside ? -1 : seen_y * width + seen_x);
+                }
+        return table;
+    }
+
+    // The position of the output from which each tap sees each position, -1 if there is none.
+    std::vector<int64_t> seen_from() const {
+        std::vector<int64_t> table(positions() * TAPS, -1), inverse = seen();
+        for (int64_t i = 0; i < int64_t(inverse.size()); i++)
+            if (inverse[i] >= 0) table[inverse[i] * TAPS + i % TAPS] = i / TAPS;
+        return table;
+    }
+};
+
+// `weight` is (N, taps, K).
+template <class T>
+void conv3x3_forward(const T* x, T* y, const float* saved, const float* weight, const Conv3x3& conv, int threads) {
+    typedef Factor<T> F;
+    typedef typename F::Word Word;
+    const int64_t K = conv.K, N = conv.N, words = K / F::STEP, positions = conv.positions();
+    const float *scale = saved + 2 * K, *shift = saved + 3 * K;
+    std::vector<Word> packed(TAPS * words * N);
+#pragma omp parallel for num_threads(threads)
+    for (int tap = 0; tap < TAPS; tap++)
+        for (int64_t n = 0; n < N; n++)
+            for (int64_t word = 0; word < words; word++)
+                packed[(tap * words + word) * N + n] = F::pack(weight + (n * TAPS + tap) * K + word * F::STEP);
+    const int64_t part = conv.part();
+    const std::vector<int64_t> seen = conv.seen();
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        std::vector<T> activations(positions * part * K);  // by position, then by image
+        std::vector<float> sums(part * N);
+        const int64_t last = conv.batch * (thread + 1) / threads;
+        for (int64_t image = conv.batch * thread / threads; image < last; image += part) {
+            const int64_t count = std::min(part, last - image);
+            for (int64_t k = 0; k < K; k += LANES) {
+                const Floats a = load(scale + k), b = load(shift + k);
+                for (int64_t i = 0; i < count; i++)
+                    for (int64_t position = 0; position < positions; position++)
+                        store(&activations[(position * part + i) * K + k],
+                              activated<true>(load(x + ((image + i) * positions + position) * K + k) * a + b));
+            }
+            for (int64_t position = 0; position < conv.positions_out(); position++) {
+                std::fill(sums.begin(), sums.end(), 0.f);
+                for (int tap = 0; tap < TAPS; tap++) {
+                    const int64_t at = seen[position * TAPS + tap];
+                    if (at < 0) continue;
+                    multiply<T, true>({reinterpret_cast<const Word*>(&activations[at * part * K]), words, 1, count,
+                                       &packed[tap * words * N], N, words}, sums.data());
+                }
+                for (int64_t i = 0; i < count; i++)
+                    for (int64_t n = 0; n < N; n += LANES)
+                        store(y + ((image + i) * conv.positions_out() + position) * N + n, load(&sums[i * N + n]));
+            }
+        }
+    }
+}
+
+// Lays `count` maps of T out by position, and at each as a sum over images takes them.
+template <class T, class Make>
+void words_of_images(const T* maps, int64_t count, int64_t part, int64_t positions, int64_t channels,
+                     typename Factor<T>::Word* words, const Make& make) {
+    constexpr int STEP = Factor<T>::STEP;
+    for (int64_t c = 0; c < channels; c += LANES)
+        for (int64_t i = 0; i < count; i += STEP)
+            for (int64_t position = 0; position < positions; position++) {
+                Floats values[STEP]{};
+                for (int64_t s = 0; s < STEP && i + s < count; s++)
+                    values[s] = make(load(maps + ((i + s) * positions + position) * channels + c), c);
+                Factor<T>::store_rows(&words[(position * part + i) / STEP * channels + c], values);
+            }
+}
+
+template <class T>
+void conv3x3_backward(const T* grad_y, const T* x, T* grad_x, const float* saved, const float* weight,
+                      float* grad_weight, float* grad_norm_weight, float* grad_norm_bias, const Conv3x3& conv,
+                      int threads) {
+    typedef Factor<T> F;
+    typedef typename F::Word Word;
+    const int64_t K = conv.K, N = conv.N, words = N / F::STEP;
+    const int64_t positions = conv.positions(), positions_out = conv.positions_out();
+    const float *mean = saved, *scale = saved + 2 * K, *shift = saved + 3 * K;
+    std::vector<Word> packed(TAPS * words * K);
+#pragma omp parallel for num_threads(threads)
+    for (int tap = 0; tap < TAPS; tap++)
+        for (int64_t n = 0; n < N; n += F::STEP)
+            for (int64_t k = 0; k < K; k += LANES) {
+                Floats rows[2] = {load(weight + (n * TAPS + tap) * K + k),
+                                  load(weight + ((n + F::STEP - 1) * TAPS + tap) * K + k)};
+                F::store_rows(&packed[(tap * words + n / F::STEP) * K + k], rows);
+            }
+    const int64_t part = conv.part();
+    const std::vector<int64_t> seen = conv.seen(), seen_from = conv.seen_from();
+    std::vector<double> sums(threads * K), products(threads * K);
+    std::vector<float> grad_weights(threads * TAPS * N * K);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        std::vector<Word> activations(positions * part / F::STEP * K), grads(positions_out * part / F::STEP * N);
+        std::vector<float> input_grads(part * K);
+        const int64_t last = conv.batch * (thread + 1) / threads;
+        for (int64_t image = conv.batch * thread / threads; image < last; image += part) {
+            const int64_t count = std::min(part, last - image), steps = (count + F::STEP - 1) / F::STEP;
+            const T *maps = x + image * positions * K, *above = grad_y + image * positions_out * N;
+            words_of_images(maps, count, part, positions, K, activations.data(), [=](Floats value, int64_t k) {
+                return activated<true>(value * load(scale + k) + load(shift + k));
+            });
+            words_of_images(above, count, part, positions_out, N, grads.data(),
+                            [](Floats value, int64_t) { return value; });
+            for (int tap = 0; tap < TAPS; tap++)
+                for (int64_t position = 0; position < positions_out; position++) {
+                    const int64_t at = seen[position * TAPS + tap];
+                    if (at < 0) continue;
+                    multiply<T, true>({&grads[position * part / F::STEP * N], 1, N, N,
+                                       &activations[at * part / F::STEP * K], K, steps},
+                                      &grad_weights[(thread * TAPS + tap) * N * K]);
+                }
+            for (int64_t position = 0; position < positions; position++) {
+                std::fill(input_grads.begin(), input_grads.end(), 0.f);
+                for (int tap = 0; tap < TAPS; tap++) {
+                    const int64_t from = seen_from[position * TAPS + tap];
+                    if (from < 0) continue;
+                    multiply<T, true>({reinterpret_cast<const Word*>(above + from * N), positions_out * words, 1,
+                                       count, &packed[tap * words * K], K, words}, input_grads.data());
+                }
+                for (int64_t k = 0; k < K; k += LANES) {
+                    const Floats a = load(scale + k), b = load(shift + k), middle = load(mean + k);
+                    Floats sum{}, product{};
+                    for (int64_t i = 0; i < count; i++) {
+                        Floats value = load(maps + (i * positions + position) * K + k);
+                        Floats passing = passed<true>(load(&input_grads[i * K + k]), value * a + b);
+                        store(grad_x + ((image + i) * positions + position) * K + k, passing);
+                        sum += passing;
+                        product += passing * (value - middle);
+                    }
+                    add(&sums[thread * K + k], sum);
+                    add(&products[thread * K + k], product);
+                }
+            }
+        }
+    }
+    for (int thread = 1; thread < threads; thread++) {
+        for (int64_t k = 0; k < K; k++) {
+            sums[k] += sums[thread * K + k];
+            products[k] += products[thread * K + k];
+        }
+        for (int64_t i = 0; i < TAPS * N * K; i++) grad_weights[i] += grad_weights[thread * TAPS * N * K + i];
+    }
+    for (int tap = 0; tap < TAPS; tap++)
+        for (int64_t n = 0; n < N; n++)
+            std::copy_n(&grad_weights[(tap * N + n) * K], K, grad_weight + (n * TAPS + tap) * K);
+    sums.resize(K), products.resize(K);
+    norm_input_gradient<false, T>(grad_x, nullptr, x, grad_x, saved, sums, products, grad_norm_weight, grad_norm_bias,
+                                  conv.batch * positions, K, threads);
+}
+
+}  // namespace
