@@ -111,9 +111,9 @@ void words_of_images(const T* maps, int64_t count, int64_t part, int64_t positio
 }
 
 template <class T>
-void conv3x3_backward(const T* grad_y, const T* x, T* grad_x, const float* saved, const float* weight,
-                      float* grad_weight, float* grad_norm_weight, float* grad_norm_bias, const Conv3x3& conv,
-                      int threads) {
+void conv3x3_backward(const T* grad_y, const T* grad_past, const T* x, T* grad_x, const float* saved,
+                      const float* weight, float* grad_weight, float* grad_norm_weight, float* grad_norm_bias,
+                      const Conv3x3& conv, int threads) {
     typedef Factor<T> F;
     typedef typename F::Word Word;
     const int64_t K = conv.K, N = conv.N, words = N / F::STEP;
@@ -188,8 +188,8 @@ void conv3x3_backward(const T* grad_y, const T* x, T* grad_x, const float* saved
         for (int64_t n = 0; n < N; n++)
             std::copy_n(&grad_weights[(tap * N + n) * K], K, grad_weight + (n * TAPS + tap) * K);
     sums.resize(K), products.resize(K);
-    norm_input_gradient<false, T>(grad_x, nullptr, x, grad_x, saved, sums, products, grad_norm_weight, grad_norm_bias,
-                                  conv.batch * positions, K, threads);
+    norm_input_gradient<false>(grad_x, grad_past, x, grad_x, saved, sums, products, grad_norm_weight, grad_norm_bias,
+                               conv.batch * positions, K, threads);
 }
 
 }  // namespace

@@ -45,12 +45,13 @@
                                   int64_t stride, int threads) {                                                      \
         conv3x3_forward(x, y, saved, weight, {batch, height, width, channels_in, channels_out, stride}, threads);     \
     }                                                                                                                 \
-    void conv3x3_backward_##SUFFIX(const TYPE* grad_y, const TYPE* x, TYPE* grad_x, const float* saved,               \
-                                   const float* weight, float* grad_weight, float* grad_norm_weight,                  \
-                                   float* grad_norm_bias, int64_t batch, int64_t height, int64_t width,               \
-                                   int64_t channels_in, int64_t channels_out, int64_t stride, int threads) {          \
-        conv3x3_backward(grad_y, x, grad_x, saved, weight, grad_weight, grad_norm_weight, grad_norm_bias,             \
-                         {batch, height, width, channels_in, channels_out, stride}, threads);                         \
+    void conv3x3_backward_##SUFFIX(const TYPE* grad_y, const TYPE* grad_past, const TYPE* x, TYPE* grad_x,            \
+                                   const float* saved, const float* weight, float* grad_weight,                       \
+                                   float* grad_norm_weight, float* grad_norm_bias, int64_t batch, int64_t height,     \
+                                   int64_t width, int64_t channels_in, int64_t channels_out, int64_t stride,          \
+                                   int threads) {                                                                     \
+        conv3x3_backward(grad_y, grad_past, x, grad_x, saved, weight, grad_weight, grad_norm_weight,                  \
+                         grad_norm_bias, {batch, height, width, channels_in, channels_out, stride}, threads);         \
     }                                                                                                                 \
     void gate_forward_##SUFFIX(const TYPE* trunk, const TYPE* logits, TYPE* y, int64_t values, int threads) {         \
         gate_forward(trunk, logits, y, values, threads);                                                              \

@@ -30,7 +30,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "pointwise_forward": [*[_POINTER] * 5, _SIZE, _SIZE, _SIZE, ctypes.c_int],
     "pointwise_backward": [*[_POINTER] * 9, _SIZE, _SIZE, _SIZE, ctypes.c_int],
     "conv3x3_forward": [*[_POINTER] * 4, *[_SIZE] * 6, ctypes.c_int],
-    "conv3x3_backward": [*[_POINTER] * 8, *[_SIZE] * 6, ctypes.c_int],
+    "conv3x3_backward": [*[_POINTER] * 9, *[_SIZE] * 6, ctypes.c_int],
     "gate_forward": [*[_POINTER] * 3, _SIZE, ctypes.c_int],
     "gate_backward": [*[_POINTER] * 5, _SIZE, ctypes.c_int],
 }
@@ -143,39 +143,49 @@ class _BatchNormAct(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, *[None] * 5
 
 
-def norm_act_pointwise(
-        norm: nn.BatchNorm2d, x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None,
+def norm_act_conv(
+        norm: nn.BatchNorm2d, x: torch.Tensor, weight: torch.Tensor, stride: int = 1,
+        other: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalise ``x`` over the batch, apply a ReLU, convolve with 1x1 kernels, and add ``other`` if there is one.
+    """Normalise ``x`` over the batch, apply a ReLU, convolve, and add ``other`` if there is one.
 
     The activated map is never written: it is made anew in the backward pass.
 
     Args:
-        weight: float32 ``(channels out, channels in, 1, 1)``, with both a multiple of 16.
+        weight: float32 ``(channels out, channels in, size, size)``, both channels a multiple of 16. The size is 1, with
+            a stride of 1, or 3, with a padding of 1 and no ``other``.
 
     Returns:
         The output, and ``x`` itself to go past all that: its gradient is added in the same pass.
     """
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
-    return _NormActPointwise.apply(
-        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum, weight, other)
+    return _NormActConv.apply(
+        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum, weight, stride, other)
 
 
-class _NormActPointwise(torch.autograd.Function):
+class _NormActConv(torch.autograd.Function):
     @staticmethod
     def forward(
             ctx: Any, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, running_mean: torch.Tensor,
-            running_var: torch.Tensor, eps: float, momentum: float, weight: torch.Tensor, other: torch.Tensor | None,
+            running_var: torch.Tensor, eps: float, momentum: float, weight: torch.Tensor, stride: int,
+            other: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, channels, height, width = x.shape
-        rows, channels_out = batch * height * width, weight.shape[0]
+        channels_out, _, size, _ = weight.shape
         saved = torch.empty(4 * channels)  # mean, 1 / deviation, scale, shift
         _call("norm_statistics", [x, norm_weight, norm_bias, running_mean, running_var, saved],
-              rows, channels, eps, momentum)
-        y = torch.empty(
-            (batch, channels_out, height, width), dtype=x.dtype, memory_format=torch.channels_last)
-        _call("pointwise_forward", [x, other, y, saved, weight], rows, channels, channels_out)
+              batch * height * width, channels, eps, momentum)
+        y = torch.empty((batch, channels_out, (height - 1) // stride + 1, (width - 1) // stride + 1), dtype=x.dtype,
+                        memory_format=torch.channels_last)
+        weight = _channels_last(weight)
+        if size == 1:
+            ctx.kernel, ctx.sizes = "pointwise_backward", (batch * height * width, channels, channels_out)
+            _call("pointwise_forward", [x, other, y, saved, weight], *ctx.sizes)
+        else:
+            assert other is None
+            ctx.kernel, ctx.sizes = "conv3x3_backward", (batch, height, width, channels, channels_out, stride)
+            _call("conv3x3_forward", [x, y, saved, weight], *ctx.sizes)
         ctx.save_for_backward(x, saved, weight)
         ctx.set_materialize_grads(False)
         ctx.has_other = other is not None
@@ -184,57 +194,15 @@ class _NormActPointwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, saved, weight = ctx.saved_tensors
-        channels_out, channels = weight.shape[:2]
         grad_y, grad_past = (None if grad is None else _channels_last(grad) for grad in grads)
         if grad_y is None:
-            return grad_past, *[None] * 8
+            return grad_past, *[None] * 9
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        grad_norm_weight, grad_norm_bias = torch.empty(channels), torch.empty(channels)
-        _call("pointwise_backward",
-              [grad_y, grad_past, x, grad_x, saved, weight, grad_weight, grad_norm_weight, grad_norm_bias],
-              x.numel() // channels, channels, channels_out)
-        return grad_x, grad_norm_weight, grad_norm_bias, *[None] * 4, grad_weight, grad_y if ctx.has_other else None
-
-
-def norm_act_conv3x3(norm: nn.BatchNorm2d, x: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor:
-    """Normalise ``x`` over the batch, apply a ReLU, and convolve with 3x3 kernels and a padding of 1.
-
-    Args:
-        weight: float32 ``(channels out, channels in, 3, 3)``, with both a multiple of 16.
-    """
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    return _NormActConv3x3.apply(
-        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum, weight, stride)
-
-
-class _NormActConv3x3(torch.autograd.Function):
-    @staticmethod
-    def forward(
-            ctx: Any, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, running_mean: torch.Tensor,
-            running_var: torch.Tensor, eps: float, momentum: float, weight: torch.Tensor, stride: int) -> torch.Tensor:
-        batch, channels, height, width = x.shape
-        saved = torch.empty(4 * channels)  # mean, 1 / deviation, scale, shift
-        _call("norm_statistics", [x, norm_weight, norm_bias, running_mean, running_var, saved],
-              batch * height * width, channels, eps, momentum)
-        y = torch.empty((batch, weight.shape[0], (height - 1) // stride + 1, (width - 1) // stride + 1), dtype=x.dtype,
-                        memory_format=torch.channels_last)
-        weight = _channels_last(weight)
-        ctx.sizes = batch, height, width, channels, weight.shape[0], stride
-        _call("conv3x3_forward", [x, y, saved, weight], *ctx.sizes)
-        ctx.save_for_backward(x, saved, weight)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, saved, weight = ctx.saved_tensors
-        channels = x.shape[1]
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        grad_norm_weight, grad_norm_bias = torch.empty(channels), torch.empty(channels)
-        _call("conv3x3_backward",
-              [_channels_last(grads[0]), x, grad_x, saved, weight, grad_weight, grad_norm_weight, grad_norm_bias],
+        grad_norm_weight, grad_norm_bias = torch.empty(x.shape[1]), torch.empty(x.shape[1])
+        _call(ctx.kernel, [grad_y, grad_past, x, grad_x, saved, weight, grad_weight, grad_norm_weight, grad_norm_bias],
               *ctx.sizes)
-        return grad_x, grad_norm_weight, grad_norm_bias, *[None] * 4, grad_weight, None
+        return (grad_x, grad_norm_weight, grad_norm_bias, *[None] * 4, grad_weight, None,
+                grad_y if ctx.has_other else None)
 
 
 def gate(trunk: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from cpu_kernels import LANES, batch_norm_act, fits, gate, norm_act_conv3x3, norm_act_pointwise
+from cpu_kernels import LANES, batch_norm_act, fits, gate, norm_act_conv
 from timm.layers import BatchNormAct2d
 
 from ran_layers import AttentionModule, LocalMaskBranch, ResidualUnit, ResidualUnitDown, SoftMaskBranch
@@ -57,34 +57,28 @@ class _BatchNormAct2d(BatchNormAct2d):
         return type(self.act) in (nn.ReLU, nn.Identity) and type(self.drop) is nn.Identity and _norm_fits(self, x)
 
 
-def _norm_act_conv(norm: Any, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """Return ``conv(norm(x))``."""
-    if _conv_fits(norm, conv, x) and conv.kernel_size == (3, 3):
-        return norm_act_conv3x3(norm, x, conv.weight, conv.stride[0])
-    return _norm_act_pointwise(norm, conv, x)[0]
-
-
-def _norm_act_pointwise(
+def _norm_act_conv(
         norm: Any, conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``conv(norm(x)) + other``, and ``x`` for what goes past all that."""
-    if _conv_fits(norm, conv, x) and conv.kernel_size == conv.stride == (1, 1) and (
-            other is None or (other.shape == (len(x), conv.out_channels, *x.shape[2:]) and other.dtype is x.dtype
-                              and fits(other))):
-        return norm_act_pointwise(norm, x, conv.weight, other)
+    if isinstance(norm, _BatchNormAct2d) and type(norm.act) is nn.ReLU and norm.fits(x) and _conv_fits(conv, x, other):
+        return norm_act_conv(norm, x, conv.weight, conv.stride[0], other)
     y, past = norm.with_input(x) if isinstance(norm, _BatchNormAct2d) else (norm(x), x)
     y = conv(y)
     return y if other is None else y + other, past
 
 
-def _conv_fits(norm: Any, conv: nn.Conv2d, x: torch.Tensor) -> bool:
-    """Whether there is a kernel for this norm and convolution, if its size and stride are right."""
+def _conv_fits(conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Whether the kernels have this convolution of the map ``x``, and the sum with ``other``."""
     computed_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    return (
-        isinstance(norm, _BatchNormAct2d) and type(norm.act) is nn.ReLU and norm.fits(x) and x.dtype is computed_in
-        and type(conv) is nn.Conv2d and conv.padding == tuple(size // 2 for size in conv.kernel_size)
-        and conv.stride[0] == conv.stride[1] and conv.dilation == (1, 1) and conv.groups == 1 and conv.bias is None
-        and conv.padding_mode == "zeros" and conv.out_channels % LANES == 0 and conv.weight.dtype is torch.float32)
+    if not (type(conv) is nn.Conv2d and x.dtype is computed_in and conv.weight.dtype is torch.float32
+            and conv.out_channels % LANES == 0 and conv.bias is None and conv.groups == 1
+            and conv.dilation == (1, 1) and conv.padding_mode == "zeros"):
+        return False
+    if conv.kernel_size == (3, 3):
+        return other is None and conv.padding == (1, 1) and conv.stride[0] == conv.stride[1]
+    return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and (other is None or (
+        other.shape == (len(x), conv.out_channels, *x.shape[2:]) and other.dtype is x.dtype and fits(other)))
 
 
 class _ResidualUnit(ResidualUnit):
@@ -92,22 +86,23 @@ class _ResidualUnit(ResidualUnit):
         if not self.training:
             return super().forward(x)
         if self.downsample is None:
-            x, shortcut = _norm_act_pointwise(self.norm1, self.conv1, x)
+            x, shortcut = _norm_act_conv(self.norm1, self.conv1, x)
         else:
             preact = self.norm1(x)
             x, shortcut = self.conv1(preact), self.downsample(preact)
-        x = _norm_act_conv(self.norm2, self.conv2, x)
+        x, _ = _norm_act_conv(self.norm2, self.conv2, x)
         if type(self.drop_path) is nn.Identity:
-            return _norm_act_pointwise(self.norm3, self.conv3, x, shortcut)[0]
-        return self.drop_path(_norm_act_conv(self.norm3, self.conv3, x)) + shortcut
+            return _norm_act_conv(self.norm3, self.conv3, x, shortcut)[0]
+        return self.drop_path(_norm_act_conv(self.norm3, self.conv3, x)[0]) + shortcut
 
 
 class _MaskHead(MaskHead):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or not hasattr(self, "norm1"):
             return super().forward(x)
-        x = _norm_act_conv(self.norm1, self.conv1, x)
-        return self.act(_norm_act_conv(self.norm2, self.conv2, x))
+        x, _ = _norm_act_conv(self.norm1, self.conv1, x)
+        x, _ = _norm_act_conv(self.norm2, self.conv2, x)
+        return self.act(x)
 
 
 class _AttentionModule(AttentionModule):

@@ -203,6 +203,16 @@ def scaling(result: dict[str, Any]) -> str:
 @from_results
 def throughput(result: dict[str, Any]) -> str:
     """Speed of the networks, from `benchmarks/throughput.py`."""
+    return _speeds(result)
+
+
+def throughput_elsewhere() -> str:
+    """The same from other machines, each in a folder of its own."""
+    files = sorted((REPOSITORY / "benchmarks" / "results").glob("*/throughput.json"))
+    return "\n\n".join(_speeds(json.loads(file.read_text())) for file in files)
+
+
+def _speeds(result: dict[str, Any]) -> str:
     rows = [(
         f"`{row['model']}`, {row['form']}", str(row["batch_size"]),
         *(f"{row[kind]['images_per_s']:.0f} ({row[kind]['lowest']:.0f} to {row[kind]['highest']:.0f})"
@@ -248,4 +258,4 @@ def resnet18_attention(result: dict[str, Any]) -> str:
 
 TABLES = {"model-zoo": model_zoo, "published": published, "recipes": recipes, "shipped-weights": shipped_weights,
           "time-to-accuracy": time_to_accuracy, "survive": survive, "scaling": scaling, "throughput": throughput,
-          "fuse": fuse, "resnet18-attention": resnet18_attention}
+          "throughput-elsewhere": throughput_elsewhere, "fuse": fuse, "resnet18-attention": resnet18_attention}

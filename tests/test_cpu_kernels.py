@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
 import cpu_kernels
-from cpu_kernels import gate, library, norm_act_conv3x3, norm_act_pointwise, why_no_kernels
+from cpu_kernels import gate, library, norm_act_conv, why_no_kernels
 from cpu_modules import use_cpu_kernels
 
 from ran_layers import AttentionModule, ResidualUnit, ResidualUnitDown, record_masks
@@ -155,7 +155,7 @@ def test_norm_relu_and_pointwise_convolution(shape, dtype, has_other, threads, m
     tensors = [t.requires_grad_() for t in (x, weight, other)]
     exact = [t.detach().double().requires_grad_() for t in tensors]
 
-    y, past = norm_act_pointwise(norm, x, weight, other if has_other else None)
+    y, past = norm_act_conv(norm, x, weight, other=other if has_other else None)
     wanted = F.conv2d(twin(exact[0]), exact[1]) + (exact[2] if has_other else 0)
     torch.autograd.backward([y, past], [grad, past_grad])
     torch.autograd.backward([wanted, exact[0]], [grad.double(), past_grad.double()])
@@ -188,12 +188,12 @@ def test_norm_relu_and_3x3_convolution(shape, dtype, stride, threads, monkeypatc
     tensors = [t.requires_grad_() for t in (x, weight)]
     exact = [t.detach().double().requires_grad_() for t in tensors]
 
-    y, wanted = norm_act_conv3x3(norm, x, weight, stride), F.conv2d(twin(exact[0]), exact[1], None, stride, 1)
+    (y, past), wanted = norm_act_conv(norm, x, weight, stride), F.conv2d(twin(exact[0]), exact[1], None, stride, 1)
     assert y.shape == wanted.shape
     assert y.dtype is dtype
-    grad = torch.randn(wanted.shape).to(dtype)  # in the other memory order
-    y.backward(grad)
-    wanted.backward(grad.double())
+    grad, past_grad = torch.randn(wanted.shape).to(dtype), torch.randn_like(x)  # one in the other memory order
+    torch.autograd.backward([y, past], [grad, past_grad])
+    torch.autograd.backward([wanted, exact[0]], [grad.double(), past_grad.double()])
     tolerance = 2e-5 if dtype is torch.float32 else 2 ** -7
     pairs = [(y, wanted), (x.grad, exact[0].grad), (weight.grad, exact[1].grad)]
     pairs += [(getattr(norm, name).grad, getattr(twin, name).grad) for name in ("weight", "bias")]
@@ -212,8 +212,7 @@ def test_the_kernels_are_what_a_network_trains_with():
     calls = {event.key: event.count for event in profile.key_averages()}
     units = sum(isinstance(module, ResidualUnit) for module in model.modules())
     changing = sum(isinstance(module, ResidualUnit) and module.downsample is not None for module in model.modules())
-    assert calls["_NormActConv3x3"] == units
-    assert calls["_NormActPointwise"] == 2 * units - changing + 2 * 3  # and the heads of three masks
+    assert calls["_NormActConv"] == 3 * units - changing + 2 * 3  # and the heads of three masks
     assert calls["_Gate"] == 3
     # The stem; and where channels change, the first convolution and the shortcut share an activated map.
     assert calls["aten::convolution"] == 1 + 2 * changing
@@ -225,14 +224,14 @@ def test_what_is_not_a_number_passes_the_convolution(dtype):
     norm, _ = norm_and_twin(16, relu=True)
     x = torch.randn(2, 16, 3, 3).to(dtype, memory_format=torch.channels_last)
     x[0, 5, 1, 1] = float("nan")
-    assert norm_act_pointwise(norm, x, torch.ones(16, 16, 1, 1))[0].isnan().all()
+    assert norm_act_conv(norm, x, torch.ones(16, 16, 1, 1))[0].isnan().all()
 
 
 @needs_compiler
 def test_only_the_past_may_have_a_gradient():
     norm, _ = norm_and_twin(16, relu=True)
     x = torch.randn(2, 16, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
-    norm_act_pointwise(norm, x, torch.ones(16, 16, 1, 1))[1].sum().backward()
+    norm_act_conv(norm, x, torch.ones(16, 16, 1, 1))[1].sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
