@@ -1,7 +1,7 @@
 """Kernels for training on a CPU where torch's take long, with their gradients.
 
-`cpu_kernels.cpp` and its headers are built once by the system's C++ compiler, in a few seconds. Maps are channels-last,
-with a multiple of 16 channels, in float32 or bfloat16: :func:`fits` says which do.
+The sources in `cpu/` are built once by the system's C++ compiler, in a few seconds. Maps are channels-last, with a
+multiple of 16 channels, in float32 or bfloat16: :func:`fits` says which do.
 """
 import ctypes
 import functools
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+SOURCES = Path(__file__).parent / "cpu"
 # The OpenMP runtime is left open: it is torch's own, whose threads are there already, that the loader finds.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
-LANES = 16  # of cpu_vectors.h
+LANES = 16  # of cpu/vectors.h
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS: dict[str, list[Any]] = {
@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return None
-    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("cpu_*.h")))]
+    sources = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]
     key = hashlib.sha256(repr((sources, compiler, FLAGS, platform.uname(), _processor())).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ran-layers"
     built = cache / f"cpu_kernels-{key.hexdigest()[:16]}.so"
@@ -61,8 +61,8 @@ def library() -> ctypes.CDLL | None:
         if not built.is_file():
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as folder:  # then renamed: others may be building it too
-                compiled, linked = f"{folder}/cpu_kernels.o", f"{folder}/cpu_kernels.so"
-                for command in ([*FLAGS, "-c", str(SOURCE), "-o", compiled], ["-shared", compiled, "-o", linked]):
+                source, compiled, linked = f"{SOURCES}/kernels.cpp", f"{folder}/kernels.o", f"{folder}/kernels.so"
+                for command in ([*FLAGS, "-c", source, "-o", compiled], ["-shared", compiled, "-o", linked]):
                     subprocess.run([compiler, *command], check=True, capture_output=True)
                 os.replace(linked, built)
         kernels = ctypes.CDLL(str(built))

@@ -1,6 +1,6 @@
 // The gate of an Attention Module, each way in one pass over the maps.
 #pragma once
-#include "cpu_vectors.h"
+#include "vectors.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu_vectors.h"
+#include "vectors.h"
 
 namespace {
 

@@ -4,10 +4,10 @@
 // per channel is float.
 #include <cstdint>
 
-#include "cpu_conv3x3.h"
-#include "cpu_gate.h"
-#include "cpu_norm.h"
-#include "cpu_pointwise.h"
+#include "conv3x3.h"
+#include "gate.h"
+#include "norm.h"
+#include "pointwise.h"
 
 // The types of the maps, as functions that ctypes finds by name.
 #define EXPORT(TYPE, SUFFIX)                                                                                          \

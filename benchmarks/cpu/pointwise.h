@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu_norm.h"
-#include "cpu_vectors.h"
+#include "norm.h"
+#include "vectors.h"
 
 namespace {
 

@@ -8,9 +8,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu_norm.h"
-#include "cpu_pointwise.h"
-#include "cpu_vectors.h"
+#include "norm.h"
+#include "pointwise.h"
+#include "vectors.h"
 
 namespace {
 
