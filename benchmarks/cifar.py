@@ -38,7 +38,7 @@ from environment import (
 from errors import RunError
 from evaluate import count_macs, evaluate, export_model, load_exported
 from recipes import CHOICES, RECIPES, Recipe, make_recipe
-from result import print_final, write_result
+from result import earlier_runs, print_final, write_result
 from timm import create_model, is_model
 from trainer import Trainer
 
@@ -80,7 +80,8 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
                         help="give this share of the training images a wrong label (the paper's section 4.1)")
     parser.add_argument("--deterministic", action="store_true",
                         help="same weights from the same seed on a GPU too, and what that costs; a CPU always does so")
-    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/MODEL-DATASET-RECIPE-SEED)")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/MODEL-DATASET-RECIPE-SEED, with -further where "
+                             "--initial-checkpoint is given)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the finished run in --out")
     group = parser.add_argument_group("hyper-parameters", "override the recipe's")
@@ -156,7 +157,8 @@ def train(args: argparse.Namespace) -> None:
     recipe = make_recipe(recipe_name, args.dataset, args.overrides)
     if not is_model(args.model):
         raise RunError(f"--model {args.model} is no timm model; see timm.list_models('ran_*') and timm.list_models()")
-    out: Path = args.out or Path("runs") / f"{args.model}-{args.dataset}-{recipe_name}-{args.seed}"
+    further = "-further" if args.initial_checkpoint else ""  # the folder without it may be that of those weights
+    out: Path = args.out or Path("runs") / f"{args.model}-{args.dataset}-{recipe_name}-{args.seed}{further}"
     if args.deterministic:
         use_deterministic_kernels()
     args.precision = args.precision or ("bf16" if bf16_is_fast(device) else "fp32")
@@ -178,11 +180,13 @@ def train(args: argparse.Namespace) -> None:
         label_noise=args.label_noise, bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
     settings = json.loads(json.dumps(settings))
     resumed = load_checkpoint(out) if args.resume else None
-    initial, settings["initial_checkpoint"] = None, None
+    initial, settings["initial_checkpoint"], args.earlier = None, None, []
     if args.initial_checkpoint:
         initial, settings["initial_checkpoint"] = load_weights(args.initial_checkpoint)
+        args.earlier = earlier_runs(args.initial_checkpoint)
     elif resumed:
         settings["initial_checkpoint"] = resumed[1]["settings"].get("initial_checkpoint")
+        args.earlier = resumed[1].get("earlier", [])
     check_folder(out, settings, resumed[1] if resumed else None)
 
     with world.main_first() if args.data_dir is None else contextlib.nullcontext():
@@ -241,8 +245,8 @@ def train(args: argparse.Namespace) -> None:
     export_model(trainer.averaged, out, model.model_kwargs)
     write_result(out, data, dict(
         model=args.model, dataset=args.dataset, recipe=recipe_name, settings=settings, params=params, macs=macs,
-        seed=args.seed, epochs=trainer.epochs, seconds=trainer.seconds, compile_seconds=compile_seconds,
-        deterministic_price=price,
+        seed=args.seed, earlier=args.earlier, epochs=trainer.epochs, seconds=trainer.seconds,
+        compile_seconds=compile_seconds, deterministic_price=price,
         images_per_s=trainer.total_steps * recipe.batch_size / sum(row["seconds"] for row in trainer.epochs),
         hardware=hardware(device), versions=versions(), compile=args.compile,
         processes=world.size, command=command_line("cifar.py", args.argv, processes=world.size),
@@ -324,7 +328,8 @@ def run_epochs(
             if world.main:
                 # The folder of the data may be another when the run is resumed, so it is no setting.
                 data_dir = args.data_dir and str(Path(args.data_dir).resolve())
-                save_checkpoint(out, tensors, dict(state, settings=settings, data_dir=data_dir))
+                save_checkpoint(out, tensors, dict(
+                    state, settings=settings, data_dir=data_dir, earlier=args.earlier))
     return stopped
 
 

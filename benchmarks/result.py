@@ -1,4 +1,5 @@
 """What a finished run leaves in its folder: the model, result.json, curves.png and masks.png."""
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from checkpoint import write_atomic, write_json
 from data import Dataset
 from display import draw_curves, draw_masks_of, duration
 from environment import compile_model
+from errors import RunError
 from evaluate import evaluate, load_exported
 
 TOP1_GOALS = (90, 94, 95, 96)
@@ -30,6 +32,24 @@ def write_result(
     if picture is not None:
         write_atomic(out / "masks.png", picture)
     print_final(result, f"trained in {duration(result['seconds'])}; saved in {out}")
+
+
+def earlier_runs(weights: Path) -> list[dict[str, Any]]:
+    """Return what led to the file ``weights``, run by run, from the result.json beside it; nothing if there is none.
+
+    Raises:
+        RunError: The result.json is damaged.
+    """
+    record = weights.with_name("result.json")
+    if not record.is_file():
+        return []
+    try:
+        result = json.loads(record.read_text())
+        last = {name: result[name] for name in ("command", "seed", "seconds", "hardware", "versions")}
+        return [*result.get("earlier", ()), dict(
+            last, epochs=len(result["epochs"]), error=result["final"]["error"])]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{record} is damaged ({error}); remove it, or give the weights from another folder") from error
 
 
 def seconds_to_top1(epochs: list[dict[str, Any]], final_top1: float) -> dict[str, float | None]:

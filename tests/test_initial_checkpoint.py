@@ -48,6 +48,9 @@ def test_a_run_without_learning_keeps_the_weights_it_began_with(first, tmp_path,
     result = json.loads((tmp_path / "second" / "result.json").read_text())
     assert result["settings"]["initial_checkpoint"] == hashlib.sha256(first.read_bytes()).hexdigest()
     assert f"--initial-checkpoint {first}" in result["command"]
+    before = json.loads(first.with_name("result.json").read_text())
+    assert [(run["command"], run["epochs"], run["error"]) for run in result["earlier"]] == [
+        (before["command"], 1, before["final"]["error"])]
 
 
 def test_an_interrupted_run_needs_the_weights_no_more(first, tmp_path, monkeypatch):
@@ -72,6 +75,10 @@ def test_an_interrupted_run_needs_the_weights_no_more(first, tmp_path, monkeypat
     copy.unlink()
     resumed = run(tmp_path / "stopped", "--resume")
     assert all(torch.equal(value, undisturbed[name]) for name, value in resumed.items())
+    third = run(tmp_path / "third", "--initial-checkpoint", tmp_path / "stopped" / "model.safetensors")
+    assert third
+    result = json.loads((tmp_path / "third" / "result.json").read_text())
+    assert len(result["earlier"]) == 1  # the weights before those lay in a folder of their own, without a record
 
 
 def test_other_weights_are_refused_to_resume_with(first, tmp_path, capsys):
@@ -96,9 +103,21 @@ def test_a_classifier_of_other_classes_begins_anew(first):
     assert all(torch.equal(after[key], value) for key, value in weights.items() if not key.startswith(name + "."))
 
 
+def test_the_folder_is_another_than_that_of_the_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--initial-checkpoint", "runs/plain_cnn8_cifar-digits-quick-0/model.safetensors"]):
+        cifar.main([*SMALL, "--dataset", "digits", *more])
+    assert {path.name for path in Path("runs").iterdir()} == {
+        "plain_cnn8_cifar-digits-quick-0", "plain_cnn8_cifar-digits-quick-0-further"}
+
+
 def test_unusable_weights(first, tmp_path, capsys):
     out = tmp_path / "run"
     assert "No such file" in error(capsys, out, "--initial-checkpoint", tmp_path / "none.safetensors")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / first.name).write_bytes(first.read_bytes())
+    (tmp_path / "other" / "result.json").write_text("{}")
+    assert "result.json is damaged" in error(capsys, out, "--initial-checkpoint", tmp_path / "other" / first.name)
     pickle = tmp_path / "weights.pt"
     torch.save({"a": torch.ones(1)}, pickle)
     assert f"{pickle} is no safetensors file" in error(capsys, out, "--initial-checkpoint", pickle)
