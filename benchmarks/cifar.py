@@ -80,8 +80,9 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
                         help="give this share of the training images a wrong label (the paper's section 4.1)")
     parser.add_argument("--deterministic", action="store_true",
                         help="same weights from the same seed on a GPU too, and what that costs; a CPU always does so")
-    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/MODEL-DATASET-RECIPE-SEED, with -further where "
-                             "--initial-checkpoint is given)")
+    parser.add_argument("--out", type=Path,
+                        help="folder of the run (default: runs/MODEL-DATASET-RECIPE-SEED, with -further at the end "
+                             "where --initial-checkpoint is given)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the finished run in --out")
     group = parser.add_argument_group("hyper-parameters", "override the recipe's")
