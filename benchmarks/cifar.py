@@ -137,7 +137,9 @@ def begin_with(model: Any, weights: dict[str, torch.Tensor], origin: Path) -> No
         RunError: They are another network's; the message names ``origin`` and the first tensor that does not fit.
     """
     own = model.state_dict()
-    classifier = tuple(f"{model.pretrained_cfg['classifier']}.{name}" for name in ("weight", "bias"))
+    heads = model.pretrained_cfg["classifier"]
+    classifier = {f"{head}.{name}" for head in ([heads] if isinstance(heads, str) else heads)
+                  for name in ("weight", "bias")} & own.keys()
     if any(name in weights and weights[name].shape != own[name].shape for name in classifier):
         weights = {**weights, **{name: own[name] for name in classifier}}
     for name in sorted({*own, *weights}):
@@ -181,6 +183,9 @@ def train(args: argparse.Namespace) -> None:
         label_noise=args.label_noise, bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
     settings = json.loads(json.dumps(settings))
     resumed = load_checkpoint(out) if args.resume else None
+    # The settings of a resumed run are those of the command that began it, which need not be given again.
+    args.command = command_line("cifar.py", args.argv, processes=world.size)
+    args.command = resumed[1].get("command", args.command) if resumed else args.command
     initial, settings["initial_checkpoint"], args.earlier = None, None, []
     if args.initial_checkpoint:
         initial, settings["initial_checkpoint"] = load_weights(args.initial_checkpoint)
@@ -250,7 +255,7 @@ def train(args: argparse.Namespace) -> None:
         compile_seconds=compile_seconds, deterministic_price=price,
         images_per_s=trainer.total_steps * recipe.batch_size / sum(row["seconds"] for row in trainer.epochs),
         hardware=hardware(device), versions=versions(), compile=args.compile,
-        processes=world.size, command=command_line("cifar.py", args.argv, processes=world.size),
+        processes=world.size, command=args.command,
         selection="none: the weights are those of the last step"
                   + (" (their moving average)" if recipe.ema_decay else "")
                   + (f"; {args.holdout} training images were held out and watched" if args.holdout else "")
@@ -268,6 +273,7 @@ def saved_arguments(out: Path) -> dict[str, Any]:
     settings = state["settings"]
     return {
         **settings, "sync_bn": settings["bn_batch"] == settings["batch_size"], "data_dir": state.get("data_dir"),
+        "eval_every": state.get("eval_every", 0),
         "initial_checkpoint": None}  # the setting is its digest, and its weights are no longer needed
 
 
@@ -317,7 +323,9 @@ def run_epochs(
             try:
                 stopped = trainer.train_epoch(display, lambda: stop["signal"])
             except RunError as error:
-                raise RunError(f"{error}; the last good checkpoint is kept in {out}; try a lower --lr") from error
+                there = (out / FILE_NAME).exists()
+                kept = f"the last good checkpoint is kept in {out}" if there else "there was no checkpoint yet"
+                raise RunError(f"{error}; {kept}; try a lower --lr") from error
             if trainer.step % trainer.steps_per_epoch == 0:
                 row = trainer.epochs[-1]
                 if args.holdout or (args.eval_every and row["epoch"] % args.eval_every == 0):
@@ -330,7 +338,8 @@ def run_epochs(
                 # The folder of the data may be another when the run is resumed, so it is no setting.
                 data_dir = args.data_dir and str(Path(args.data_dir).resolve())
                 save_checkpoint(out, tensors, dict(
-                    state, settings=settings, data_dir=data_dir, earlier=args.earlier))
+                    state, settings=settings, data_dir=data_dir, earlier=args.earlier, command=args.command,
+                    eval_every=args.eval_every))
     return stopped
 
 

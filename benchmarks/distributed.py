@@ -88,7 +88,8 @@ def join_world(device_name: str | None) -> tuple[World, torch.device]:
         return World(), device
     if device.type == "cuda":
         local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= torch.cuda.device_count():
+        # Every process of the machine says so, since only the first one's message is shown.
+        if int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)) > torch.cuda.device_count():
             raise RunError(
                 f"torchrun --nproc-per-node must be at most the number of GPUs, {torch.cuda.device_count()}, "
                 f"or add --device cpu")

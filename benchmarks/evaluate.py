@@ -37,6 +37,7 @@ def evaluate(
         with autocast:
             logits = model(x).float()
             if flip:
+                logits = logits.clone()  # CUDA graphs write the next output over the last one
                 logits = logits + model(x.flip(3)).float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
         correct += torch.stack([ranked[:, 0].sum(), ranked.sum()])

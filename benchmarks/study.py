@@ -145,6 +145,8 @@ def execute(run: Run, args: argparse.Namespace, deadline: float | None) -> bool:
             command.append("--resume")
         child = subprocess.Popen(command)
         stopped = False
+        # As Ctrl-C: the training must not outlive this process.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             child.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
@@ -154,6 +156,8 @@ def execute(run: Run, args: argparse.Namespace, deadline: float | None) -> bool:
             child.wait()
             if isinstance(reason, KeyboardInterrupt):
                 raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
         if stopped:
             return False
         if child.returncode:

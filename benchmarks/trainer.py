@@ -127,6 +127,7 @@ class Trainer:
         x, targets = augment_batch(
             self.images[rows], self._flips(rows, epoch), targets, recipe, progress, self.mean, self.std,
             self.generator)
+        x = x.contiguous(memory_format=torch.channels_last)  # rotation and shift leave it otherwise
         x, y, targets = world.share(x), world.share(y), world.share(targets)
 
         with self.autocast:
@@ -170,10 +171,10 @@ class Trainer:
         elapsed = time.perf_counter() - started
         self.epoch_seconds = seconds_before + elapsed
         self.seconds += elapsed
+        if loss != loss:  # in an epoch that a signal ends, too: its checkpoint would be worth nothing
+            raise RunError(f"the loss is not a number in epoch {epoch + 1}")
         if self.step % self.steps_per_epoch:
             return stopped
-        if loss != loss:
-            raise RunError(f"the loss is not a number in epoch {epoch + 1}")
         self.epochs.append(dict(
             epoch=epoch + 1, train_loss=loss, train_top1=100 * top1, lr=self.optimizer.param_groups[0]["lr"],
             seconds=self.epoch_seconds,

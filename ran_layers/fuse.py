@@ -1,5 +1,6 @@
 """Fold the normalisations of a trained network into its convolutions, for faster inference."""
 import copy
+import inspect
 from collections import Counter
 from typing import Any
 
@@ -92,7 +93,11 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         else:
             continue
         model.set_submodule(node.target, left)
-    return model.eval().to(memory_format=torch.channels_last)  # what came in has to be in eval mode too
+    model.eval()  # what came in has to be in eval mode too
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def _fold_into_previous(conv: Any, norm: Any) -> nn.Module:
@@ -147,7 +152,10 @@ def _trace(model: nn.Module) -> torch.fx.Graph:
     if callable(set_grad_checkpointing):  # of no use in inference, and in the way of tracing
         set_grad_checkpointing(False)
     try:
-        return _Tracer().trace(model)
+        # An argument that is left out has its default: without it, fx follows the branch where it is given.
+        defaults = {name: parameter.default for name, parameter in inspect.signature(model.forward).parameters.items()
+                    if parameter.default is not parameter.empty}
+        return _Tracer().trace(model, concrete_args=defaults or None)
     except Exception as error:  # a forward pass with control flow fails in many ways
         raise ValueError(f"model must have a forward pass that torch.fx can trace; {type(model).__name__} has not: "
                          f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error

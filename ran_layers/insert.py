@@ -112,8 +112,10 @@ def insert_attention(
 
     inserted = {}
     outputs = _run(model, hosts, example_input)
-    ambiguous = [name for name, output in outputs.items() if len(set(output.shape[1:])) == 1]
-    wide = _run_wide(model, {name: hosts[name] for name in ambiguous}, example_input) if ambiguous else {}
+    # Channels are last in few networks, and a stride or a border may make a map's width look like channels.
+    doubtful = {name: output for name, output in outputs.items()
+                if len(set(output.shape[1:])) == 1 or _is_nhwc(output, example_input)}
+    wide = _run_wide(model, hosts, doubtful, example_input) if doubtful else {}
     for name, output in outputs.items():
         nhwc = wide.get(name, _is_nhwc(output, example_input))
         channels = output.shape[-1 if nhwc else 1]
@@ -264,13 +266,17 @@ def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Ten
     return maps
 
 
-def _run_wide(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Tensor) -> dict[str, bool]:
-    """Tell from an image of twice the width where the channels are, for maps that look alike both ways."""
+def _run_wide(
+        model: nn.Module, hosts: dict[str, nn.Module], outputs: dict[str, torch.Tensor], example_input: torch.Tensor,
+) -> dict[str, bool]:
+    """Tell from an image of twice the width where the channels of ``outputs`` are: in a dimension that stays."""
     image = torch.cat([example_input, example_input], -1)
     try:
-        return {name: _is_nhwc(output, image) for name, output in _run(model, hosts, image).items()}
-    except ValueError:  # a network of one input size: its maps are taken to have their channels first
+        wide = _run(model, {name: hosts[name] for name in outputs}, image)
+    except ValueError:  # a network of one input size
         return {}
+    return {name: wide[name].shape[3] == output.shape[3] for name, output in outputs.items()
+            if wide[name].shape != output.shape}
 
 
 def _check_fit(name: str, module: InsertedAttention, feature_map: torch.Tensor) -> None:

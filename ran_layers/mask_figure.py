@@ -76,13 +76,13 @@ def draw_masks(
 def predict(model: nn.Module, images: Sequence[Image.Image]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Return the masks by module name and the model's outputs for RGB images, all on the CPU in float32."""
     to_input, _ = image_transforms(model, 1)
-    device = next((p.device for p in model.parameters()), None)
+    kind: dict[str, Any] = next(({"device": p.device, "dtype": p.dtype} for p in model.parameters()), {})
     masks: list[dict[str, torch.Tensor]] = []
     outputs: list[torch.Tensor] = []
     for start in range(0, len(images), BATCH_SIZE):
         inputs = torch.stack([to_input(image) for image in images[start:start + BATCH_SIZE]])
         with record_masks(model) as recorded, evaluating(model):
-            outputs.append(model(inputs.to(device)).float().cpu())
+            outputs.append(model(inputs.to(**kind)).float().cpu())
         masks.append({name: mask.float().cpu() for name, mask in recorded.items()})
     return {name: torch.cat([part[name] for part in masks]) for name in masks[0]}, torch.cat(outputs)
 

@@ -185,6 +185,42 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsy
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
+def test_a_signal_does_not_save_what_is_not_a_number(tmp_path, monkeypatch, capsys):
+    run("--epochs", "1", "--schedule", "constant", "--out", tmp_path / "good")
+    before = (tmp_path / "good" / FILE_NAME).read_bytes()
+    step = cifar.Display.step
+
+    def interrupt(display, number, *figures):
+        step(display, number, *figures)
+        if number % 5 == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(cifar.Display, "step", interrupt)
+    message = fails(capsys, "--lr", "1e20", "--schedule", "constant", "--out", tmp_path / "bad")
+    assert "not a number in epoch 1; there was no checkpoint yet" in message
+    assert not (tmp_path / "bad" / FILE_NAME).exists()
+    assert (tmp_path / "good" / FILE_NAME).read_bytes() == before
+
+
+def test_a_run_resumed_by_its_folder_keeps_its_command(tmp_path, monkeypatch):
+    out, step = tmp_path / "run", cifar.Display.step
+
+    def interrupt(display, number, *figures):
+        step(display, number, *figures)
+        if number == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(cifar.Display, "step", interrupt)
+    with pytest.raises(SystemExit):
+        run("--lr", "0.01", "--eval-every", "1", "--out", out)
+    monkeypatch.setattr(cifar.Display, "step", step)
+    cifar.main(["--resume", "--device", "cpu", "--out", str(out)])
+    result = json.loads((out / "result.json").read_text())
+    assert "--limit 160" in result["command"]
+    assert "--lr 0.01 --eval-every 1" in result["command"]
+    assert all("eval_top1" in row for row in result["epochs"])
+
+
 @pytest.mark.parametrize(("args", "message"), [
     (["--model", "resnet0"], "--model resnet0 is no timm model"),
     (["--model-kwargs", "depth"], "--model-kwargs must be KEY=VALUE with VALUE as JSON, got depth"),

@@ -216,7 +216,8 @@ def run_cifar(args: list[str], data: Path) -> None:
         return
     run = cifar.parse_args(args)
     if not (run.resume or run.eval_only):  # a reader picks one of the page's commands for a folder
-        folder = Path("runs") / f"{run.model}-{run.dataset}-{run.recipe or 'quick'}-{run.seed}"
+        further = "-further" if run.initial_checkpoint else ""
+        folder = Path("runs") / f"{run.model}-{run.dataset}-{run.recipe or 'quick'}-{run.seed}{further}"
         shutil.rmtree(folder, ignore_errors=True)
     cifar.main([*args, *ONE_STEP, "--data-dir", str(data)])
 

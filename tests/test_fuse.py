@@ -189,3 +189,26 @@ def test_committed_figures_reach_the_aim() -> None:
     for result in report["results"]:
         assert result["largest_difference"] < 1e-4, result
         assert result["speedup"]["folded, channels last (fuse)"] >= 1.3, result
+
+
+class _OptionalSum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x, other=None):
+        x = self.conv(x)
+        return self.bn(x) + x if other is None else self.bn(x) + other
+
+
+def test_an_argument_left_out_has_its_default():
+    net = _OptionalSum().eval()
+    nn.init.uniform_(net.bn.running_mean, 1, 2)
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(ran_layers.fuse(net)(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_volumes_are_left_as_they_are():
+    net = nn.Sequential(nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8)).eval()
+    x = torch.randn(1, 3, 5, 5, 5)
+    torch.testing.assert_close(ran_layers.fuse(net)(x), net(x))

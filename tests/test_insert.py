@@ -312,3 +312,14 @@ def test_what_is_no_network_and_no_image():
         insert_attention("resnet18", "layer1")
     with pytest.raises(TypeError, match="example_input must be a tensor or None, got str"):
         insert_attention(nn.Sequential(nn.Conv2d(3, 8, 1)), "0", example_input="x")
+
+
+@pytest.mark.parametrize(("conv", "shape"), [
+    (nn.Conv2d(1, 16, 3, (1, 4), 1), (1, 1, 64, 400)), (nn.Conv2d(3, 8, 5), (1, 3, 20, 40)),
+    (nn.Conv2d(3, 32, 3, (1, 2), 1), (1, 3, 32, 32))])
+def test_a_width_is_not_taken_for_the_channels(conv, shape):
+    net = nn.Sequential(conv, nn.ReLU())
+    insert_attention(net, "0", example_input=torch.zeros(shape))
+    module = net[0].inserted_attention
+    assert not module.nhwc
+    assert module.gamma.shape == (conv.out_channels,)

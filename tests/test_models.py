@@ -329,3 +329,12 @@ def test_attention_arguments():
 def test_wrong_arguments(args, error, message):
     with pytest.raises(error, match=message):
         timm.create_model("ran_att56_cifar", **args)
+
+
+@pytest.mark.parametrize(("kwargs", "error", "message"), [
+    ({"modules": (-1, 1, 1, 0)}, ValueError, r"modules\[0\] must be at least 0, got -1"),
+    ({"modules": (1, 1.5, 1, 0)}, TypeError, r"modules\[1\] must be an int"),
+    ({"mask_depths": (3, 2, 0, 1)}, ValueError, r"mask_depths\[2\] must be at least 1, got 0")])
+def test_counts_of_a_stage_are_checked(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model("ran_att56_cifar", **kwargs)

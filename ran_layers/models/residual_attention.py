@@ -19,7 +19,7 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from ..layers import AttentionModule, ResidualUnit, ResNeXtUnit
-from ..layers._args import LayerType, check_layer, resolve_norm_act
+from ..layers._args import LayerType, check_int, check_layer, resolve_norm_act
 from ..layers.residual_unit import is_preact
 from ._cifar import cifar_cfgs
 from ._pretrained import safetensors_only
@@ -84,6 +84,10 @@ class ResidualAttentionNet(StagedNet):
                 f"channels, modules, closing_units and mask_depths must have one entry per stage, got {channels}, "
                 f"{modules}, {closing_units}, {mask_depths}")
         check_layer("unit_layer", unit_layer)
+        for name, counts, least in (("channels", channels, 1), ("modules", modules, 0),
+                                    ("closing_units", closing_units, 0), ("mask_depths", mask_depths, 1)):
+            for i, count in enumerate(counts):
+                check_int(f"{name}[{i}]", count, least)
 
         self.stem, reduction = _create_stem(stem_type, in_chans, stem_chs, norm_act, dd)
         self.stem_levels = 1
