@@ -81,15 +81,14 @@ def shipped_weights() -> str:
         f"{result['final']['error']:.2f} %",
         f"{result['params']:,}",
         f"{result['macs'] / 1e6:.1f} M",
-        f"`{result['recipe']}`, {_epochs(result)} epochs",
+        f"`{result['recipe']}`, {' + '.join(str(run['epochs']) for run in _runs(result))} epochs",
         f"{result['hardware']['name']}, {result['settings']['precision']}, "
-        f"{sum(run['seconds'] for run in (*result.get('earlier', ()), result)) / 3600:.1f} h",
+        f"{sum(run['seconds'] for run in _runs(result)) / 3600:.1f} h",
         _images_per_s(throughput, result["model"], result["settings"]["batch_size"]),
         next((f"{row['mean']:.2f} %" for row in (robustness or {}).get("results", ()) if row["model"] == name), "-"),
     ) for name, result in results.items()]
-    commands = "\n\n".join("\n".join((
-        f"# {name}", *(run["command"] for run in (*result.get("earlier", ()), result)),
-    )) for name, result in results.items())
+    commands = "\n\n".join(
+        "\n".join((f"# {name}", *(run["command"] for run in _runs(result)))) for name, result in results.items())
     head = ("weights", "test error", "parameters", "MACs", "recipe", "trained on", "images/s", "corrupted images")
     text = table(head, "lrrrllrr", rows)
     mirrored = ", ".join(f"`{name}` {100 - result['final']['top1_flip']:.2f} %" for name, result in results.items())
@@ -100,10 +99,9 @@ def shipped_weights() -> str:
     return f"{text}\n\nTrained by\n\n```text\n{commands}\n```\n\n{_corruptions(robustness)}"
 
 
-def _epochs(result: dict[str, Any]) -> str:
-    """The epochs of a run, after those of the runs whose weights it began with."""
-    return " + ".join(str(count) for count in (
-        *(run["epochs"] for run in result.get("earlier", ())), len(result["epochs"])))
+def _runs(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The run, after those whose weights it began with, each with the number of its epochs."""
+    return [*result.get("earlier", ()), {**result, "epochs": len(result["epochs"])}]
 
 
 def _images_per_s(throughput: dict[str, Any] | None, model: str, batch_size: int) -> str:

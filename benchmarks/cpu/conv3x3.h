@@ -57,12 +57,7 @@ void conv3x3_forward(const T* x, T* y, const float* saved, const float* weight, 
     typedef typename F::Word Word;
     const int64_t K = conv.K, N = conv.N, words = K / F::STEP, positions = conv.positions();
     const float *scale = saved + 2 * K, *shift = saved + 3 * K;
-    std::vector<Word> packed(TAPS * words * N);
-#pragma omp parallel for num_threads(threads)
-    for (int tap = 0; tap < TAPS; tap++)
-        for (int64_t n = 0; n < N; n++)
-            for (int64_t word = 0; word < words; word++)
-                packed[(tap * words + word) * N + n] = F::pack(weight + (n * TAPS + tap) * K + word * F::STEP);
+    const std::vector<Word> packed = forward_words<T>(weight, TAPS, K, N, threads);
     const int64_t part = conv.part();
     const std::vector<int64_t> seen = conv.seen();
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -119,15 +114,7 @@ void conv3x3_backward(const T* grad_y, const T* grad_past, const T* x, T* grad_x
     const int64_t K = conv.K, N = conv.N, words = N / F::STEP;
     const int64_t positions = conv.positions(), positions_out = conv.positions_out();
     const float *mean = saved, *scale = saved + 2 * K, *shift = saved + 3 * K;
-    std::vector<Word> packed(TAPS * words * K);
-#pragma omp parallel for num_threads(threads)
-    for (int tap = 0; tap < TAPS; tap++)
-        for (int64_t n = 0; n < N; n += F::STEP)
-            for (int64_t k = 0; k < K; k += LANES) {
-                Floats rows[2] = {load(weight + (n * TAPS + tap) * K + k),
-                                  load(weight + ((n + F::STEP - 1) * TAPS + tap) * K + k)};
-                F::store_rows(&packed[(tap * words + n / F::STEP) * K + k], rows);
-            }
+    const std::vector<Word> packed = backward_words<T>(weight, TAPS, K, N, threads);
     const int64_t part = conv.part();
     const std::vector<int64_t> seen = conv.seen(), seen_from = conv.seen_from();
     std::vector<double> sums(threads * K), products(threads * K);
@@ -177,17 +164,10 @@ void conv3x3_backward(const T* grad_y, const T* grad_past, const T* x, T* grad_x
             }
         }
     }
-    for (int thread = 1; thread < threads; thread++) {
-        for (int64_t k = 0; k < K; k++) {
-            sums[k] += sums[thread * K + k];
-            products[k] += products[thread * K + k];
-        }
-        for (int64_t i = 0; i < TAPS * N * K; i++) grad_weights[i] += grad_weights[thread * TAPS * N * K + i];
-    }
+    add_threads(sums, threads), add_threads(products, threads), add_threads(grad_weights, threads);
     for (int tap = 0; tap < TAPS; tap++)
         for (int64_t n = 0; n < N; n++)
             std::copy_n(&grad_weights[(tap * N + n) * K], K, grad_weight + (n * TAPS + tap) * K);
-    sums.resize(K), products.resize(K);
     norm_input_gradient<false>(grad_x, grad_past, x, grad_x, saved, sums, products, grad_norm_weight, grad_norm_bias,
                                conv.batch * positions, K, threads);
 }

@@ -104,6 +104,46 @@ inline int64_t part_rows(int64_t channels_in, int64_t channels_out) {
     return std::max<int64_t>(32, 16384 / (channels_in + channels_out) / 16 * 16);
 }
 
+// `weight`, which is (N, taps, K), as the second factor of a product for each tap: of those forward, which sum over K ...
+template <class T>
+std::vector<typename Factor<T>::Word> forward_words(
+        const float* weight, int64_t taps, int64_t K, int64_t N, int threads) {
+    constexpr int STEP = Factor<T>::STEP;
+    std::vector<typename Factor<T>::Word> words(taps * K / STEP * N);
+#pragma omp parallel for num_threads(threads) if (taps > 1)
+    for (int64_t tap = 0; tap < taps; tap++)
+        for (int64_t n = 0; n < N; n++)
+            for (int64_t k = 0; k < K; k += STEP)
+                words[(tap * K + k) / STEP * N + n] = Factor<T>::pack(weight + (n * taps + tap) * K + k);
+    return words;
+}
+
+// ... and of those backward, which sum over N.
+template <class T>
+std::vector<typename Factor<T>::Word> backward_words(
+        const float* weight, int64_t taps, int64_t K, int64_t N, int threads) {
+    constexpr int STEP = Factor<T>::STEP;
+    std::vector<typename Factor<T>::Word> words(taps * N / STEP * K);
+#pragma omp parallel for num_threads(threads) if (taps > 1)
+    for (int64_t tap = 0; tap < taps; tap++)
+        for (int64_t n = 0; n < N; n += STEP)
+            for (int64_t k = 0; k < K; k += LANES) {
+                const Floats rows[2] = {load(weight + (n * taps + tap) * K + k),
+                                        load(weight + ((n + STEP - 1) * taps + tap) * K + k)};
+                Factor<T>::store_rows(&words[(tap * N + n) / STEP * K + k], rows);
+            }
+    return words;
+}
+
+// Adds up what each thread has, in the order of the threads, and keeps the sum alone.
+template <class Number>
+void add_threads(std::vector<Number>& values, int threads) {
+    const int64_t size = values.size() / threads;
+    for (int thread = 1; thread < threads; thread++)
+        for (int64_t i = 0; i < size; i++) values[i] += values[thread * size + i];
+    values.resize(size);
+}
+
 // y = weight * relu(norm(x)) + other; `other` may be null.
 template <class T>
 void pointwise_forward(const T* x, const T* other, T* y, const float* saved, const float* weight, int64_t rows,
@@ -111,9 +151,7 @@ void pointwise_forward(const T* x, const T* other, T* y, const float* saved, con
     typedef Factor<T> F;
     typedef typename F::Word Word;
     const float *scale = saved + 2 * K, *shift = saved + 3 * K;
-    std::vector<Word> packed(K / F::STEP * N);
-    for (int64_t n = 0; n < N; n++)
-        for (int64_t k = 0; k < K; k += F::STEP) packed[k / F::STEP * N + n] = F::pack(weight + n * K + k);
+    const std::vector<Word> packed = forward_words<T>(weight, 1, K, N, threads);
     const int64_t part = part_rows(K, N);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
@@ -159,12 +197,7 @@ void pointwise_backward(const T* grad_y, const T* grad_past, const T* x, T* grad
     typedef Factor<T> F;
     typedef typename F::Word Word;
     const float *mean = saved, *scale = saved + 2 * K, *shift = saved + 3 * K;
-    std::vector<Word> packed(N / F::STEP * K);
-    for (int64_t n = 0; n < N; n += F::STEP)
-        for (int64_t k = 0; k < K; k++) {
-            float values[2] = {weight[n * K + k], weight[(n + F::STEP - 1) * K + k]};
-            packed[n / F::STEP * K + k] = F::pack(values);
-        }
+    const std::vector<Word> packed = backward_words<T>(weight, 1, K, N, threads);
     const int64_t part = part_rows(K, N);
     std::vector<double> sums(threads * K), products(threads * K);
     std::vector<float> grad_weights(threads * N * K);
@@ -200,15 +233,8 @@ void pointwise_backward(const T* grad_y, const T* grad_past, const T* x, T* grad
                               &grad_weights[thread * N * K]);
         }
     }
-    for (int thread = 1; thread < threads; thread++) {
-        for (int64_t k = 0; k < K; k++) {
-            sums[k] += sums[thread * K + k];
-            products[k] += products[thread * K + k];
-        }
-        for (int64_t i = 0; i < N * K; i++) grad_weights[i] += grad_weights[thread * N * K + i];
-    }
-    std::copy(grad_weights.begin(), grad_weights.begin() + N * K, grad_weight);
-    sums.resize(K), products.resize(K);
+    add_threads(sums, threads), add_threads(products, threads), add_threads(grad_weights, threads);
+    std::copy(grad_weights.begin(), grad_weights.end(), grad_weight);
     norm_input_gradient<false>(
         grad_x, grad_past, x, grad_x, saved, sums, products, grad_norm_weight, grad_norm_bias, rows, K, threads);
 }
