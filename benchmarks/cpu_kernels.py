@@ -20,7 +20,7 @@ import torch.nn as nn
 SOURCES = Path(__file__).parent / "cpu"
 # The OpenMP runtime is left open: it is torch's own, whose threads are there already, that the loader finds.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
-LANES = 16  # of cpu/vectors.h
+CHANNELS = 16  # a number of channels that the kernels take is a multiple of it: the widest vector of cpu/vectors.h
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS: dict[str, list[Any]] = {
@@ -92,7 +92,7 @@ def fits(*maps: torch.Tensor) -> bool:
     """Whether the kernels take these maps, all of one shape and type."""
     first = maps[0]
     return first.device.type == "cpu" and first.dtype in _SUFFIXES and first.dim() == 4 and all(
-        x.shape == first.shape and x.dtype is first.dtype and x.shape[1] % LANES == 0 and x.numel() > x.shape[1]
+        x.shape == first.shape and x.dtype is first.dtype and x.shape[1] % CHANNELS == 0 and x.numel() > x.shape[1]
         and x.is_contiguous(memory_format=torch.channels_last) for x in maps)
 
 

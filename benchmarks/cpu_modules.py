@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from cpu_kernels import LANES, batch_norm_act, fits, gate, norm_act_conv
+from cpu_kernels import CHANNELS, batch_norm_act, fits, gate, norm_act_conv
 from timm.layers import BatchNormAct2d
 
 from ran_layers import AttentionModule, LocalMaskBranch, ResidualUnit, ResidualUnitDown, SoftMaskBranch
@@ -72,7 +72,7 @@ def _conv_fits(conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None) -> 
     """Whether the kernels have this convolution of the map ``x``, and the sum with ``other``."""
     computed_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     if not (type(conv) is nn.Conv2d and x.dtype is computed_in and conv.weight.dtype is torch.float32
-            and conv.out_channels % LANES == 0 and conv.bias is None and conv.groups == 1
+            and conv.out_channels % CHANNELS == 0 and conv.bias is None and conv.groups == 1
             and conv.dilation == (1, 1) and conv.padding_mode == "zeros"):
         return False
     if conv.kernel_size == (3, 3):

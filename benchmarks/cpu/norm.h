@@ -8,13 +8,14 @@
 namespace {
 
 constexpr int BLOCK = 16384;  // values of a part of the maps, which fits the cache nearest to the core
+constexpr int COLUMNS = REGISTERS / 8;  // vectors of a row taken at a time, of which up to four each have a constant
 
 // Rows of few channels are taken several at a time, as one wide row, so that the additions do not wait for each other.
 struct Shape {
     int64_t rows, channels, width, wide_rows;
 
     Shape(int64_t rows, int64_t channels) : rows(rows), channels(channels), width(channels), wide_rows(rows) {
-        while (width < 4 * LANES && wide_rows % 2 == 0) {
+        while (width < COLUMNS * LANES && wide_rows % 2 == 0) {
             width *= 2;
             wide_rows /= 2;
         }
@@ -42,8 +43,8 @@ void each_part(const Shape& shape, int64_t first, int64_t last, const Body& body
     const int64_t rows = shape.width < BLOCK ? BLOCK / shape.width : 1;
     for (int64_t row = first; row < last; row += rows) {
         int64_t end = row + rows < last ? row + rows : last, column = 0;
-        for (; column + 4 * LANES <= shape.width; column += 4 * LANES)
-            body(std::integral_constant<int, 4>(), row, end, column);
+        for (; column + COLUMNS * LANES <= shape.width; column += COLUMNS * LANES)
+            body(std::integral_constant<int, COLUMNS>(), row, end, column);
         for (; column < shape.width; column += LANES) body(std::integral_constant<int, 1>(), row, end, column);
     }
 }

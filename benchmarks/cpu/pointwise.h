@@ -19,11 +19,14 @@ struct Factor;
 template <>
 struct Factor<float> {
     typedef float Word;
+    typedef Floats Vector;
     static constexpr int STEP = 1;
 
     static Word pack(const float* values) { return values[0]; }
 
-    static Floats multiply_add(Floats sum, Word a, const Word* b) { return sum + a * load(b); }
+    static Vector words(const Word* from) { return load(from); }
+
+    static Floats multiply_add(Floats sum, Word a, Vector b) { return sum + a * b; }
 
     static void store_rows(Word* to, const Floats* rows) { store(to, rows[0]); }
 };
@@ -31,6 +34,7 @@ struct Factor<float> {
 template <>
 struct Factor<BFloat16> {
     typedef uint32_t Word;
+    typedef Words Vector;
     static constexpr int STEP = 2;
 
     static Word pack(const float* values) {
@@ -38,14 +42,19 @@ struct Factor<BFloat16> {
         return words[0] | words[1] << 16;
     }
 
-    static Floats multiply_add(Floats sum, Word a, const Word* b) {
-        Words first = Words{} + a, second;
-        std::memcpy(&second, b, sizeof second);
+    static Vector words(const Word* from) {
+        Words words;
+        std::memcpy(&words, from, sizeof words);
+        return words;
+    }
+
+    static Floats multiply_add(Floats sum, Word a, Vector b) {
+        Words first = Words{} + a;
 #ifdef __AVX512BF16__
-        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)first, (__m512bh)second);
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)first, (__m512bh)b);
 #else
-        sum += (Floats)(first << 16) * (Floats)(second << 16);
-        return sum + (Floats)(first & 0xffff0000) * (Floats)(second & 0xffff0000);
+        sum += (Floats)(first << 16) * (Floats)(b << 16);
+        return sum + (Floats)(first & 0xffff0000) * (Floats)(b & 0xffff0000);
 #endif
     }
 
@@ -72,19 +81,27 @@ inline void tile(const Product<typename Factor<T>::Word>& p, int64_t row, int64_
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) sums[r][v] = ADD ? load(out + r * p.columns + v * LANES) : Floats{};
     const auto *a = p.a + row * p.a_row, *b = p.b + column;
-    for (int64_t step = 0; step < p.steps; step++, a += p.a_step, b += p.columns)
+    for (int64_t step = 0; step < p.steps; step++, a += p.a_step, b += p.columns) {
+        typename Factor<T>::Vector vectors[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            vectors[v] = Factor<T>::words(b + v * LANES);
+#if defined(__AVX__) && !defined(__AVX512F__)
+            asm("" : "+x"(vectors[v]));  // else GCC loads it anew for each row
+#endif
+        }
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < VECTORS; v++)
-                sums[r][v] = Factor<T>::multiply_add(sums[r][v], a[r * p.a_row], b + v * LANES);
+                sums[r][v] = Factor<T>::multiply_add(sums[r][v], a[r * p.a_row], vectors[v]);
+    }
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) store(out + r * p.columns + v * LANES, sums[r][v]);
 }
 
-// Eight or sixteen sums at a time, so that they need not wait for each other; more rows take more addresses than there
-// are registers.
+// Sums enough at a time that they need not wait for each other, and no more than there are registers, of which the
+// second factor and what it is multiplied by take some. More than eight rows take more addresses than there are.
 template <class T, bool ADD, int VECTORS>
 void columns_of_product(const Product<typename Factor<T>::Word>& p, int64_t column, float* out) {
-    constexpr int ROWS = VECTORS == 4 ? 4 : 8;
+    constexpr int ROWS = std::min(8, REGISTERS / 2 / VECTORS);
     int64_t row = 0;
     for (; row + ROWS <= p.rows; row += ROWS) tile<T, ADD, ROWS, VECTORS>(p, row, column, out);
     for (; row < p.rows; row++) tile<T, ADD, 1, VECTORS>(p, row, column, out);
@@ -93,8 +110,10 @@ void columns_of_product(const Product<typename Factor<T>::Word>& p, int64_t colu
 // out = a b, or out += a b
 template <class T, bool ADD>
 void multiply(const Product<typename Factor<T>::Word>& p, float* out) {
+    constexpr int VECTORS = REGISTERS / 8;
     int64_t column = 0;
-    for (; column + 4 * LANES <= p.columns; column += 4 * LANES) columns_of_product<T, ADD, 4>(p, column, out);
+    for (; column + VECTORS * LANES <= p.columns; column += VECTORS * LANES)
+        columns_of_product<T, ADD, VECTORS>(p, column, out);
     for (; column + 2 * LANES <= p.columns; column += 2 * LANES) columns_of_product<T, ADD, 2>(p, column, out);
     for (; column < p.columns; column += LANES) columns_of_product<T, ADD, 1>(p, column, out);
 }

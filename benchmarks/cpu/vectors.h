@@ -1,4 +1,4 @@
-// Vectors of 16 floats, and maps in float or bfloat16 that are read and written as such.
+// Vectors of floats as wide as the processor's, and maps in float or bfloat16 that are read and written as such.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,7 +10,14 @@
 
 namespace {
 
-constexpr int LANES = 16;  // floats of a vector
+// Floats of a vector, and how many vectors the processor holds. A wider vector than it has would live in memory.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int LANES = 8, REGISTERS = 16;
+#else
+constexpr int LANES = 4, REGISTERS = 16;
+#endif
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
