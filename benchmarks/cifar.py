@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import check_models
 from checkpoint import FILE_NAME, load_checkpoint, load_state, load_weights, save_checkpoint
-from cpu_kernels import why_no_kernels
+from cpu_kernels import kernels_pay, why_no_kernels
 from data import DATASETS, Dataset, corrupt_labels, load_dataset
 from display import Display, duration, show_plan
 from distributed import join_world, leave_world
@@ -36,10 +37,10 @@ from environment import (
     versions,
 )
 from errors import RunError
-from evaluate import count_macs, evaluate, export_model, load_exported
+from evaluate import evaluate, export_model, load_exported
+from network import begin_with, build_model
 from recipes import CHOICES, RECIPES, Recipe, make_recipe
 from result import earlier_runs, print_final, write_result
-from timm import create_model, is_model
 from trainer import Trainer
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
@@ -70,7 +71,7 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
                         help="under torchrun, batch normalisation over the global batch, not each process's slice")
     parser.add_argument("--cpu-kernels", action=argparse.BooleanOptionalAction, default=None,
                         help="on a CPU, fused kernels for batch normalisation and masks, which a C++ compiler builds "
-                             "(default: where they can be had)")
+                             "(default: where they can be had and do not take twice the time of torch's)")
     parser.add_argument("--holdout", type=int, default=0, metavar="ROWS",
                         help="keep so many training images out and evaluate each epoch on them")
     parser.add_argument("--eval-every", type=int, default=0, metavar="EPOCHS",
@@ -106,60 +107,17 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     return args
 
 
-def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> torch.nn.Module:
-    """Create the network for the data set, with the configuration that is saved beside its weights."""
-    kwargs = {}
-    for item in args.model_kwargs:
-        key, _, value = item.partition("=")
-        try:
-            kwargs[key] = json.loads(value)
-        except ValueError:
-            raise RunError(f"--model-kwargs must be KEY=VALUE with VALUE as JSON, got {item}") from None
-    if recipe.drop_path:
-        kwargs["drop_path_rate"] = recipe.drop_path
-    mean, std = (data.mean, data.std) if recipe.standardize else ((0.0,) * 3, (1.0,) * 3)
-    overlay = dict(
-        tag=data.name, num_classes=len(data.class_names), input_size=(3, *data.train_images.shape[1:3]), mean=mean,
-        std=std, crop_pct=1.0, label_names=data.class_names)
-    try:
-        model = create_model(
-            args.model, num_classes=len(data.class_names), pretrained_cfg_overlay=overlay, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise RunError(f"--model {args.model} with {kwargs}: {error}") from error
-    model.model_kwargs = kwargs
-    return model
-
-
-def begin_with(model: Any, weights: dict[str, torch.Tensor], origin: Path) -> None:
-    """Load ``weights`` into ``model``, but for a classifier of another number of classes.
-
-    Raises:
-        RunError: They are another network's; the message names ``origin`` and the first tensor that does not fit.
-    """
-    own = model.state_dict()
-    heads = model.pretrained_cfg["classifier"]
-    classifier = {f"{head}.{name}" for head in ([heads] if isinstance(heads, str) else heads)
-                  for name in ("weight", "bias")} & own.keys()
-    if any(name in weights and weights[name].shape != own[name].shape for name in classifier):
-        weights = {**weights, **{name: own[name] for name in classifier}}
-    for name in sorted({*own, *weights}):
-        if name not in own or name not in weights or own[name].shape != weights[name].shape:
-            shapes = (f"of shape {tuple(held[name].shape)}" if name in held else "not there" for held in (weights, own))
-            raise RunError("--initial-checkpoint {}: {} is {}, in the model it is {}; it must be of the same --model "
-                           "and --model-kwargs".format(origin, name, *shapes))
-    model.load_state_dict(weights)
-
-
 def train(args: argparse.Namespace) -> None:
     keep_freed_memory()
     world, device = join_world(args.device)
     for name in ("holdout", "limit", "eval_every"):
         if getattr(args, name) < 0:
             raise RunError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if not 0 <= args.seed < 2 ** 32:
+        raise RunError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
     recipe_name = args.recipe or ("best" if device.type == "cuda" else "quick")
     recipe = make_recipe(recipe_name, args.dataset, args.overrides)
-    if not is_model(args.model):
-        raise RunError(f"--model {args.model} is no timm model; see timm.list_models('ran_*') and timm.list_models()")
+    check_models([args.model], "--model")
     further = "-further" if args.initial_checkpoint else ""  # the folder without it may be that of those weights
     out: Path = args.out or Path("runs") / f"{args.model}-{args.dataset}-{recipe_name}-{args.seed}{further}"
     if args.deterministic:
@@ -171,10 +129,10 @@ def train(args: argparse.Namespace) -> None:
         raise RunError(f"--batch-size {recipe.batch_size} must be a multiple of the {world.size} processes")
     sync_bn = world.size > 1 and args.sync_bn
     if args.cpu_kernels is not False:
-        obstacle = why_no_kernels(device, sync_bn, args.compile)
+        obstacle = why_no_kernels(device, args.compile)
         if args.cpu_kernels and obstacle:
             raise RunError(f"--cpu-kernels are not to be had here: {obstacle}")
-        args.cpu_kernels = obstacle is None
+        args.cpu_kernels = obstacle is None and (bool(args.cpu_kernels) or kernels_pay())
 
     # Everything that decides the result; a checkpoint made under other settings is refused.
     settings = dict(
@@ -200,11 +158,11 @@ def train(args: argparse.Namespace) -> None:
     (images, labels), watched = split_training_set(args, data, recipe)
 
     torch.manual_seed(args.seed)
-    model = build_model(args, recipe, data)
+    model, macs = build_model(args, recipe, data)
     if initial is not None:
         begin_with(model, initial, args.initial_checkpoint)
     out.mkdir(parents=True, exist_ok=True)
-    params, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
+    params = sum(p.numel() for p in model.parameters())
     model = model.to(device, memory_format=torch.channels_last)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     if not world.main:
@@ -300,6 +258,8 @@ def split_training_set(args: argparse.Namespace, data: Dataset, recipe: Recipe) 
             raise RunError(f"--holdout must be below the {len(images)} training images, got {args.holdout}")
         watched = images[-args.holdout:], labels[-args.holdout:]
         images, labels = images[:-args.holdout], labels[:-args.holdout]
+    if recipe.pad >= images.shape[1]:
+        raise RunError(f"--pad must be below the {images.shape[1]} pixels of the images, got {recipe.pad}")
     if not 0 <= args.label_noise <= 1:
         raise RunError(f"--label-noise must be from 0 to 1, got {args.label_noise:g}")
     if args.label_noise:
@@ -313,8 +273,18 @@ def run_epochs(
         args: argparse.Namespace, trainer: Trainer, out: Path, settings: dict[str, Any], watched: Split) -> int:
     """Train to the end with a checkpoint each epoch, or to the first signal; return that signal or 0."""
     stop = {"signal": 0}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: stop.update(signal=received))
+    before = {number: signal.signal(number, lambda received, _: stop.update(signal=received))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _run_epochs(args, trainer, out, settings, watched, stop)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_epochs(
+        args: argparse.Namespace, trainer: Trainer, out: Path, settings: dict[str, Any], watched: Split,
+        stop: dict[str, int]) -> int:
     world, stopped = trainer.world, 0
     trainer.model.train()
     with Display(trainer.recipe.epochs, trainer.steps_per_epoch, trainer.recipe.batch_size, trainer.step,
@@ -348,13 +318,13 @@ def eval_only(args: argparse.Namespace) -> None:
         raise RunError("--eval-only needs --out, the folder of a finished run")
     try:
         result = json.loads((args.out / "result.json").read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"--eval-only: no finished run in {args.out} ({error})") from error
+        dataset, precision, _ = result["dataset"], result["settings"]["precision"], result["final"]["top1"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"--eval-only: no finished run in {args.out} ({error!r})") from error
     device = pick_device(args.device)
-    data = load_dataset(result["dataset"], args.data_dir)
+    data = load_dataset(dataset, args.data_dir)
     model = load_exported(args.out).to(device, memory_format=torch.channels_last)
-    precision = args.precision or result["settings"]["precision"]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=(args.precision or precision) == "bf16")
     result["final"].update(evaluate(model, data.test_images, data.test_labels, device, autocast))
     print_final(result)
 
@@ -365,6 +335,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.resume and args.out:
             args = parse_args(argv, saved_arguments(args.out))
         eval_only(args) if args.eval_only else train(args)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        raise
+    except KeyboardInterrupt:  # before the training or after it; in it, the training ends with a checkpoint
+        sys.exit(130)
     except (RunError, OSError) as error:
         sys.exit(_fail(str(error)))
     finally:

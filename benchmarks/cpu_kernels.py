@@ -11,10 +11,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 SOURCES = Path(__file__).parent / "cpu"
@@ -24,27 +27,56 @@ CHANNELS = 16  # a number of channels that the kernels take is a multiple of it:
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS: dict[str, list[Any]] = {
-    "norm_forward": [*[_POINTER] * 7, _SIZE, _SIZE, ctypes.c_float, ctypes.c_float, ctypes.c_int, ctypes.c_int],
-    "norm_backward": [*[_POINTER] * 7, _SIZE, _SIZE, ctypes.c_int, ctypes.c_int],
-    "norm_statistics": [*[_POINTER] * 6, _SIZE, _SIZE, ctypes.c_float, ctypes.c_float, ctypes.c_int],
+    "norm_moments": [*[_POINTER] * 2, _SIZE, _SIZE, ctypes.c_int],
+    "norm_forward": [*[_POINTER] * 3, _SIZE, _SIZE, ctypes.c_int, ctypes.c_int],
+    "norm_sums": [*[_POINTER] * 4, _SIZE, _SIZE, ctypes.c_int, ctypes.c_int],
+    "norm_input_gradient": [*[_POINTER] * 9, _SIZE, _SIZE, _SIZE, ctypes.c_int, ctypes.c_int],
     "pointwise_forward": [*[_POINTER] * 5, _SIZE, _SIZE, _SIZE, ctypes.c_int],
-    "pointwise_backward": [*[_POINTER] * 9, _SIZE, _SIZE, _SIZE, ctypes.c_int],
+    "pointwise_backward": [*[_POINTER] * 7, _SIZE, _SIZE, _SIZE, ctypes.c_int],
     "conv3x3_forward": [*[_POINTER] * 4, *[_SIZE] * 6, ctypes.c_int],
-    "conv3x3_backward": [*[_POINTER] * 9, *[_SIZE] * 6, ctypes.c_int],
+    "conv3x3_backward": [*[_POINTER] * 7, *[_SIZE] * 6, ctypes.c_int],
     "gate_forward": [*[_POINTER] * 3, _SIZE, ctypes.c_int],
     "gate_backward": [*[_POINTER] * 5, _SIZE, ctypes.c_int],
 }
 
 
-def why_no_kernels(device: torch.device, sync_bn: bool, compile_mode: str) -> str | None:
+def why_no_kernels(device: torch.device, compile_mode: str) -> str | None:
     """Return what speaks against the kernels in a training, or None."""
     if device.type != "cpu":
         return "they are for CPUs, and the device is " + device.type
-    if sync_bn:
-        return "--sync-bn normalises over several processes"
     if compile_mode != "off":
         return "--compile makes kernels of its own"
     return None if library() else "there is no C++ compiler, or its OpenMP is not torch's"
+
+
+@functools.cache
+def kernels_pay() -> bool:
+    """Whether the kernels are worth their use on this processor: not if they take twice the time of torch's.
+
+    Where they were built for vectors as they are, they take less. A compiler that makes its own of them, on a processor
+    that nobody has tried, has made them nine times slower. So one convolution is timed, in some hundredths of a second,
+    on one thread, which a busy machine disturbs least.
+    """
+    if library() is None:
+        return False
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng([]):
+            seconds = [min(_convolution_seconds(ours) for _ in range(5)) for ours in (True, False)]
+    finally:
+        torch.set_num_threads(threads)
+    return seconds[0] < 2 * seconds[1]
+
+
+def _convolution_seconds(ours: bool) -> float:
+    """Return the time of a normalised and activated 3x3 convolution, there and back, in our form or in torch's."""
+    norm, conv = nn.BatchNorm2d(32).float(), nn.Conv2d(32, 32, 3, padding=1, bias=False).float()
+    x = _channels_last(torch.randn(16, 32, 16, 16, dtype=torch.float32)).requires_grad_()
+    started = time.perf_counter()
+    y = norm_act_conv(norm, x, conv.weight)[0] if ours else conv(norm(x).relu())
+    y.backward(y.detach())
+    return time.perf_counter() - started
 
 
 @functools.cache
@@ -71,6 +103,7 @@ def library() -> ctypes.CDLL | None:
     for name, arguments in _ARGUMENTS.items():
         for suffix in _SUFFIXES.values():
             getattr(kernels, f"{name}_{suffix}").argtypes = arguments
+    kernels.norm_scales_of.argtypes = [*[_POINTER] * 6, _SIZE, _SIZE, ctypes.c_float, ctypes.c_float]
     return kernels
 
 
@@ -100,52 +133,25 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def batch_norm_act(norm: nn.BatchNorm2d, x: torch.Tensor, relu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_norm_act(
+        norm: nn.BatchNorm2d, x: torch.Tensor, relu: bool, synced: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise ``x`` over the batch, update the running statistics, and apply a ReLU if asked for.
 
     Two passes over the maps forward and two backward, for torch's ten.
 
+    Args:
+        synced: Normalise over the batches of all processes, which must be of one size.
+
     Returns:
         The output, and ``x`` itself to go past the normalisation: its gradient is added in the same pass.
     """
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    return _BatchNormAct.apply(
-        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum, relu)
-
-
-class _BatchNormAct(torch.autograd.Function):
-    @staticmethod
-    def forward(
-            ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, running_mean: torch.Tensor,
-            running_var: torch.Tensor, eps: float, momentum: float, relu: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        channels = x.shape[1]
-        y = torch.empty_like(x)
-        saved = torch.empty(4 * channels)  # mean, 1 / deviation, scale, shift
-        _call("norm_forward", [x, y, weight, bias, running_mean, running_var, saved],
-              x.numel() // channels, channels, eps, momentum, relu)
-        ctx.save_for_backward(x, saved)
-        ctx.set_materialize_grads(False)
-        ctx.relu = relu
-        return y, x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        x, saved = ctx.saved_tensors
-        channels = x.shape[1]
-        grad_y, grad_past = (None if grad is None else _channels_last(grad) for grad in grads)
-        if grad_y is None:
-            return grad_past, *[None] * 7
-        grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty(channels), torch.empty(channels)
-        _call("norm_backward", [grad_y, grad_past, x, grad_x, saved, grad_weight, grad_bias],
-              x.numel() // channels, channels, ctx.relu)
-        return grad_x, grad_weight, grad_bias, *[None] * 5
+    return _BatchNormAct.apply(x, norm.weight, norm.bias, _statistics(norm, x, synced), relu)
 
 
 def norm_act_conv(
         norm: nn.BatchNorm2d, x: torch.Tensor, weight: torch.Tensor, stride: int = 1,
-        other: torch.Tensor | None = None,
+        other: torch.Tensor | None = None, synced: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise ``x`` over the batch, apply a ReLU, convolve, and add ``other`` if there is one.
 
@@ -154,55 +160,127 @@ def norm_act_conv(
     Args:
         weight: float32 ``(channels out, channels in, size, size)``, both channels a multiple of 16. The size is 1, with
             a stride of 1, or 3, with a padding of 1 and no ``other``.
+        synced: Normalise over the batches of all processes, which must be of one size.
 
     Returns:
         The output, and ``x`` itself to go past all that: its gradient is added in the same pass.
     """
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    return _NormActConv.apply(
-        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum, weight, stride, other)
+    return _NormActConv.apply(x, norm.weight, norm.bias, weight, _statistics(norm, x, synced), stride, other)
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """What a batch is normalised with: mean, 1 / deviation, scale and shift of each channel, in turn."""
+
+    saved: torch.Tensor
+    processes: int
+
+
+@torch.no_grad()
+def _statistics(norm: nn.BatchNorm2d, x: torch.Tensor, synced: bool) -> _Statistics:
+    """Return the statistics of ``x``, of all processes' where ``synced``, and update the running ones."""
+    running_mean, running_var, updates = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    assert running_mean is not None
+    assert running_var is not None
+    assert updates is not None
+    updates.add_(1)
+    channels = x.shape[1]
+    rows, processes = x.numel() // channels, dist.get_world_size() if synced else 1
+    moments = torch.empty(2, channels, dtype=torch.float64)  # the mean, and the sum of squared differences from it
+    _call("norm_moments", [x, moments], rows, channels)
+    if processes > 1:
+        gathered = [torch.empty_like(moments) for _ in range(processes)]
+        dist.all_gather(gathered, moments)
+        means, squares = torch.stack(gathered, 1)
+        mean = means.mean(0)
+        moments = torch.stack([mean, squares.sum(0) + rows * (means - mean).square().sum(0)])
+    saved = torch.empty(4 * channels, dtype=torch.float32)
+    kernels = library()
+    assert kernels is not None
+    kernels.norm_scales_of(
+        *(m.data_ptr() for m in (moments, norm.weight, norm.bias, running_mean, running_var, saved)),
+        processes * rows, channels, norm.eps, norm.momentum)
+    return _Statistics(saved, processes)
+
+
+def _input_gradient(
+        grad: torch.Tensor, grad_past: torch.Tensor | None, x: torch.Tensor, statistics: _Statistics,
+        own_sums: torch.Tensor, relu: bool, grad_x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of ``x``, written to ``grad_x``, and of the normalisation's weight and bias."""
+    sums = own_sums
+    if statistics.processes > 1:
+        sums = own_sums.clone()
+        dist.all_reduce(sums)
+    channels = x.shape[1]
+    rows = x.numel() // channels
+    grad_weight, grad_bias = (torch.empty(channels, dtype=torch.float32) for _ in range(2))
+    _call("norm_input_gradient",
+          [grad, grad_past, x, grad_x, statistics.saved, own_sums, sums, grad_weight, grad_bias],
+          rows, statistics.processes * rows, channels, relu)
+    return grad_x, grad_weight, grad_bias
+
+
+class _BatchNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+            ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, statistics: _Statistics, relu: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        channels = x.shape[1]
+        y = torch.empty_like(x)
+        _call("norm_forward", [x, y, statistics.saved], x.numel() // channels, channels, relu)
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        ctx.statistics, ctx.relu = statistics, relu
+        return y, x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        x, = ctx.saved_tensors
+        channels = x.shape[1]
+        grad_y, grad_past = (None if grad is None else _channels_last(grad) for grad in grads)
+        if grad_y is None:
+            return grad_past, None, None, None, None
+        sums = torch.empty(2, channels, dtype=torch.float64)
+        _call("norm_sums", [grad_y, x, ctx.statistics.saved, sums], x.numel() // channels, channels, ctx.relu)
+        return *_input_gradient(grad_y, grad_past, x, ctx.statistics, sums, ctx.relu, torch.empty_like(x)), None, None
 
 
 class _NormActConv(torch.autograd.Function):
     @staticmethod
     def forward(
-            ctx: Any, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, running_mean: torch.Tensor,
-            running_var: torch.Tensor, eps: float, momentum: float, weight: torch.Tensor, stride: int,
-            other: torch.Tensor | None,
+            ctx: Any, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, weight: torch.Tensor,
+            statistics: _Statistics, stride: int, other: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, channels, height, width = x.shape
         channels_out, _, size, _ = weight.shape
-        saved = torch.empty(4 * channels)  # mean, 1 / deviation, scale, shift
-        _call("norm_statistics", [x, norm_weight, norm_bias, running_mean, running_var, saved],
-              batch * height * width, channels, eps, momentum)
         y = torch.empty((batch, channels_out, (height - 1) // stride + 1, (width - 1) // stride + 1), dtype=x.dtype,
                         memory_format=torch.channels_last)
         weight = _channels_last(weight)
         if size == 1:
             ctx.kernel, ctx.sizes = "pointwise_backward", (batch * height * width, channels, channels_out)
-            _call("pointwise_forward", [x, other, y, saved, weight], *ctx.sizes)
+            _call("pointwise_forward", [x, other, y, statistics.saved, weight], *ctx.sizes)
         else:
             assert other is None
             ctx.kernel, ctx.sizes = "conv3x3_backward", (batch, height, width, channels, channels_out, stride)
-            _call("conv3x3_forward", [x, y, saved, weight], *ctx.sizes)
-        ctx.save_for_backward(x, saved, weight)
+            _call("conv3x3_forward", [x, y, statistics.saved, weight], *ctx.sizes)
+        ctx.save_for_backward(x, weight)
         ctx.set_materialize_grads(False)
-        ctx.has_other = other is not None
+        ctx.statistics, ctx.has_other = statistics, other is not None
         return y, x
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        x, saved, weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         grad_y, grad_past = (None if grad is None else _channels_last(grad) for grad in grads)
         if grad_y is None:
-            return grad_past, *[None] * 9
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        grad_norm_weight, grad_norm_bias = torch.empty(x.shape[1]), torch.empty(x.shape[1])
-        _call(ctx.kernel, [grad_y, grad_past, x, grad_x, saved, weight, grad_weight, grad_norm_weight, grad_norm_bias],
-              *ctx.sizes)
-        return (grad_x, grad_norm_weight, grad_norm_bias, *[None] * 4, grad_weight, None,
-                grad_y if ctx.has_other else None)
+            return grad_past, *[None] * 6
+        grad_norm, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+        sums = torch.empty(2, x.shape[1], dtype=torch.float64)
+        _call(ctx.kernel, [grad_y, x, grad_norm, ctx.statistics.saved, weight, grad_weight, sums], *ctx.sizes)
+        # The ReLU is behind us, and what becomes the gradient of x takes the place of the normalised map's.
+        grads_of_norm = _input_gradient(grad_norm, grad_past, x, ctx.statistics, sums, False, grad_norm)
+        return *grads_of_norm, grad_weight, None, None, grad_y if ctx.has_other else None
 
 
 def gate(trunk: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

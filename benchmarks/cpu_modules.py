@@ -4,6 +4,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from cpu_kernels import CHANNELS, batch_norm_act, fits, gate, norm_act_conv
+from distributed import normalize_globally
 from timm.layers import BatchNormAct2d
 
 from ran_layers import AttentionModule, LocalMaskBranch, ResidualUnit, ResidualUnitDown, SoftMaskBranch
@@ -11,12 +12,15 @@ from ran_layers.layers.attention_module import check_channels, check_trunk_shape
 from ran_layers.layers.mask_branch import MaskActivation, MaskHead
 
 
-def use_cpu_kernels(model: nn.Module) -> None:
+def use_cpu_kernels(model: nn.Module, synced: bool = False) -> None:
     """Let ``model`` train with the kernels, where :func:`cpu_kernels.why_no_kernels` says nothing.
 
     Batch normalisation with the ReLU and the 1x1 convolution after it, the sum of a residual unit and the gate of an
     Attention Module change the way they are computed in training. Parameters, statistics and what the model does in
     evaluation stay as they are, and maps that the kernels do not take go torch's way.
+
+    Args:
+        synced: Normalise over the batches of all processes.
     """
     for module in model.modules():
         if type(module) is AttentionModule and _has_plain_gate(module):
@@ -24,6 +28,8 @@ def use_cpu_kernels(model: nn.Module) -> None:
             module.mask.head.act.__class__ = _DeferrableSigmoid
         elif type(module) in _FASTER:
             module.__class__ = _FASTER[type(module)]
+        if isinstance(module, _Norm):
+            module.synced = synced
 
 
 def _has_plain_gate(module: AttentionModule) -> bool:
@@ -38,20 +44,30 @@ def _norm_fits(norm: nn.BatchNorm2d, x: torch.Tensor) -> bool:
         and norm.weight.dtype is torch.float32 and fits(x))
 
 
-class _BatchNorm2d(nn.BatchNorm2d):
+class _Norm:
+    """A batch normalisation that may be over the batches of all processes."""
+
+    synced = False
+
+
+class _BatchNorm2d(_Norm, nn.BatchNorm2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return batch_norm_act(self, input, relu=False)[0] if _norm_fits(self, input) else super().forward(input)
+        if _norm_fits(self, input):
+            return batch_norm_act(self, input, relu=False, synced=self.synced)[0]
+        return normalize_globally(self, input) if self.synced and self.training else super().forward(input)
 
 
-class _BatchNormAct2d(BatchNormAct2d):
+class _BatchNormAct2d(_Norm, BatchNormAct2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.with_input(x)[0]
 
     def with_input(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the output, and the input for what goes past this layer."""
-        if not self.fits(x):
-            return super().forward(x), x
-        return batch_norm_act(self, x, relu=type(self.act) is nn.ReLU)
+        if self.fits(x):
+            return batch_norm_act(self, x, relu=type(self.act) is nn.ReLU, synced=self.synced)
+        if self.synced and self.training:
+            return self.act(self.drop(normalize_globally(self, x))), x
+        return super().forward(x), x
 
     def fits(self, x: torch.Tensor) -> bool:
         return type(self.act) in (nn.ReLU, nn.Identity) and type(self.drop) is nn.Identity and _norm_fits(self, x)
@@ -62,7 +78,7 @@ def _norm_act_conv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``conv(norm(x)) + other``, and ``x`` for what goes past all that."""
     if isinstance(norm, _BatchNormAct2d) and type(norm.act) is nn.ReLU and norm.fits(x) and _conv_fits(conv, x, other):
-        return norm_act_conv(norm, x, conv.weight, conv.stride[0], other)
+        return norm_act_conv(norm, x, conv.weight, conv.stride[0], other, norm.synced)
     y, past = norm.with_input(x) if isinstance(norm, _BatchNormAct2d) else (norm(x), x)
     y = conv(y)
     return y if other is None else y + other, past

@@ -174,7 +174,8 @@ class _BatchNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-def _normalize(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+def normalize_globally(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    """Return what ``norm`` makes of ``x`` on a CPU over the batches of all processes; they must be of one size."""
     y, mean, var = _BatchNorm.apply(x, norm.weight, norm.bias, norm.eps)
     count = x.numel() // x.shape[1] * dist.get_world_size()
     with torch.no_grad():
@@ -190,12 +191,12 @@ def _normalize(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
 
 class _SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _normalize(self, input) if self.training else super().forward(input)
+        return normalize_globally(self, input) if self.training else super().forward(input)
 
 
 class _SyncBatchNormAct2d(BatchNormAct2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.drop(_normalize(self, x))) if self.training else super().forward(x)
+        return self.act(self.drop(normalize_globally(self, x))) if self.training else super().forward(x)
 
 
 _SYNCED: dict[type, type] = {nn.BatchNorm2d: _SyncBatchNorm2d, BatchNormAct2d: _SyncBatchNormAct2d}

@@ -28,6 +28,8 @@ def pick_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RunError(f"--device {name} is not to be had here ({first_line(error)})") from error
+    if device.type == "meta":
+        raise RunError("--device meta has shapes but no numbers; give cpu, cuda, cuda:1, ...")
     return device
 
 

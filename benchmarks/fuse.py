@@ -17,8 +17,10 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
+from arguments import check_models, positive
 from checkpoint import write_json
 from environment import command_line, hardware, pick_device, versions
+from errors import RunError
 
 import ran_layers
 
@@ -81,17 +83,34 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["ran_att56_cifar", "ran_att92_cifar_orig"])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 64])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[1, 64])
+    parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, help="folder for fuse.json")
     args = parser.parse_args(argv)
+    try:
+        device = pick_device(args.device)
+        results = measure_all(args, device)
+        if args.out:
+            command = command_line("fuse.py", sys.argv[1:] if argv is None else argv)
+            write_json(args.out / "fuse.json", dict(
+                command=command, precision="fp32", hardware=hardware(device), versions=versions(), results=results))
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def measure_all(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Measure and print each network at each batch size.
+
+    Raises:
+        RunError: There is no such network, or fused it gives other outputs.
+    """
+    check_models(args.models)
     torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = pick_device(args.device)
-
     results = []
     print(f"{'network':24}{'batch':>6}  {'form':30}{'ms':>10}{'speedup':>9}")
     for name in args.models:
@@ -101,15 +120,12 @@ def main(argv: list[str] | None = None) -> None:
         for batch_size in args.batch_sizes:
             result = measure(model, torch.randn(batch_size, *size, device=device), args.rounds)
             if result["largest_difference"] > 1e-4:
-                sys.exit(f"error: fused, {name} is off by {result['largest_difference']}")
+                raise RunError(f"fused, {name} is off by {result['largest_difference']}")
             results.append({"model": name, "batch_size": batch_size, **result})
             for form in FORMS:
                 print(f"{name:24}{batch_size:6}  {form:30}{result['milliseconds'][form]:10.2f}"
                       f"{result['speedup'][form]:8.2f}x")
-    if args.out:
-        command = command_line("fuse.py", sys.argv[1:] if argv is None else argv)
-        write_json(args.out / "fuse.json", dict(
-            command=command, precision="fp32", hardware=hardware(device), versions=versions(), results=results))
+    return results
 
 
 if __name__ == "__main__":

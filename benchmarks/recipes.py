@@ -22,6 +22,8 @@ class Recipe:
     optimizer: str = "sgd"  # sgd (Nesterov), adam, muon
     lr: float = 0.2
     momentum: float = 0.9
+    muon_momentum: float = 0.95  # muon: of the convolutions it orthogonalises; `momentum` is that of the rest
+    muon_sgd_lr: float = 0.1  # muon: of the rest, the first convolution, normalisations and the classifier
     weight_decay: float = 5e-4  # on convolution and linear weights only
     schedule: str = "onecycle"  # onecycle (linear up, linear down to 0), step, constant
     warmup: float = 0.2  # onecycle: fraction of the training on the way up
@@ -65,7 +67,9 @@ DATASET_CHANGES: dict[str, dict[str, Any]] = {
     "digits": dict(epochs=8, batch_size=32, lr=0.05, pad=2, pad_mode="zeros", flip="none"),
 }
 
-MUON_SGD_LR = 0.1  # of the parameters that Muon leaves to SGD
+# What is no share or no sum that converges beyond.
+_BELOW_ONE = ("momentum", "muon_momentum", "ema_decay", "drop_path")
+_UP_TO_ONE = ("warmup", "label_smoothing", "shift")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("sgd", "adam", "muon"),
@@ -85,11 +89,19 @@ def make_recipe(name: str, dataset: str, overrides: dict[str, Any]) -> Recipe:
             raise RunError(f"{flag} must be one of {', '.join(CHOICES[field.name])}, got {value}")
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # not a number neither
             raise RunError(f"{flag} must be finite and not negative, got {value}")
+        if field.name in _BELOW_ONE and value >= 1:
+            raise RunError(f"{flag} must be below 1, got {value:g}")
+        if field.name in _UP_TO_ONE and value > 1:
+            raise RunError(f"{flag} must be at most 1, got {value:g}")
     for name in ("epochs", "batch_size"):
         if getattr(recipe, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(recipe, name)}")
     if len(recipe.resolutions) % 2:
         raise RunError(f"--resolutions must be pairs of fraction and pixels, got {recipe.resolutions}")
+    fractions, pixels = (*recipe.milestones, *recipe.resolutions[::2]), recipe.resolutions[1::2]
+    if not all(0 <= fraction <= 1 for fraction in fractions) or not all(1 <= n < math.inf for n in pixels):
+        raise RunError("--milestones and --resolutions must have fractions from 0 to 1 and at least 1 pixel, got "
+                       f"{recipe.milestones} and {recipe.resolutions}")
     return recipe
 
 
@@ -145,8 +157,9 @@ def _make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         chosen = {id(p) for p in convs}
         rest = [p for p in model.parameters() if id(p) not in chosen]
         return Muon([
-            dict(params=convs, lr=recipe.lr, momentum=0.95, weight_decay=recipe.weight_decay, orthogonalize=True),
-            dict(params=rest, lr=MUON_SGD_LR, momentum=recipe.momentum),
+            dict(params=convs, lr=recipe.lr, momentum=recipe.muon_momentum, weight_decay=recipe.weight_decay,
+                 orthogonalize=True),
+            dict(params=rest, lr=recipe.muon_sgd_lr, momentum=recipe.momentum),
         ])
     decay = [p for p in model.parameters() if p.ndim >= 2]
     no_decay = [p for p in model.parameters() if p.ndim < 2]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from arguments import positive
 from checkpoint import write_json
 from data import SPECS, read_split
 from environment import command_line, hardware, pick_device, versions
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", metavar="NAME",
                         help="timm models with weights (default: all weights in the package)")
     parser.add_argument("--data-dir", help="Parquet files on disk, in the Hub's layout (default: the Hub)")
-    parser.add_argument("--rows", type=int, help="the first rows of the test set only")
+    parser.add_argument("--rows", type=positive, help="the first rows of the test set only")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, help="folder for robustness.json")
     args = parser.parse_args(argv)

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from arguments import positive
 from checkpoint import write_json
 from environment import command_line, hardware, pick_device, versions
 from errors import RunError
@@ -38,8 +39,8 @@ def forms(processes: list[int], device: torch.device) -> list[dict[str, Any]]:
     return found
 
 
-def measure(form: dict[str, Any], args: argparse.Namespace, device: torch.device) -> float:
-    """Return images/s of one training in ``form``.
+def measure(form: dict[str, Any], args: argparse.Namespace, device: torch.device) -> tuple[float, dict[str, Any]]:
+    """Return images/s of one training in ``form``, and the settings that it ran with.
 
     Raises:
         RunError: The training failed.
@@ -59,19 +60,19 @@ def measure(form: dict[str, Any], args: argparse.Namespace, device: torch.device
             raise RunError(f"the training with {form['processes']} processes failed: "
                            f"{(done.stderr.strip().splitlines() or ['no message'])[-1]}")
         result = json.loads((Path(folder) / "run" / "result.json").read_text())
-    return max(row["images_per_s"] for row in result["epochs"][1:])
+    return max(row["images_per_s"] for row in result["epochs"][1:]), result["settings"]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--processes", nargs="+", type=positive, default=[1, 2])
     parser.add_argument("--model", default="ran_att56_cifar")
     parser.add_argument("--recipe", default="best", help="as for cifar.py, at full resolution")
-    parser.add_argument("--batch-size", type=int, default=256, help="of all processes together")
-    parser.add_argument("--limit", type=int, default=1280, help="training images")
+    parser.add_argument("--batch-size", type=positive, default=256, help="of all processes together")
+    parser.add_argument("--limit", type=positive, default=1280, help="training images")
     parser.add_argument("--epochs", type=int, default=3, help="of each run, at least 2")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each form")
+    parser.add_argument("--rounds", type=positive, default=3, help="runs of each form")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, help="folder for scaling.json")
     args = parser.parse_args(argv)
@@ -82,7 +83,9 @@ def main(argv: list[str] | None = None) -> None:
         rows = [dict(form, runs=[]) for form in forms(args.processes, device)]
         for _ in range(args.rounds):
             for row in rows:
-                row["runs"].append(round(measure(row, args, device), 1))
+                speed, settings = measure(row, args, device)
+                row["runs"].append(round(speed, 1))
+                row["cpu_kernels"] = settings["cpu_kernels"]
         print(f"{'processes':>9}{'threads':>9}{'sync-bn':>9}{'images/s':>10}   (lowest-highest)")
         for row in rows:
             row["images_per_s"] = statistics.median(row["runs"])
@@ -91,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.out:
             report = dict(
                 command=command_line("scaling.py", sys.argv[1:] if argv is None else argv),
-                model=args.model, recipe=args.recipe, batch_size=args.batch_size,
+                model=args.model, recipe=args.recipe, batch_size=args.batch_size, precision=settings["precision"],
                 hardware=hardware(device), versions=versions(), rows=rows)
             write_json(args.out / "scaling.json", report)
     except (RunError, OSError) as error:

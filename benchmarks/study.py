@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import positive
 from checkpoint import FILE_NAME
+from cifar import parse_args
 from display import duration
 from environment import bf16_is_fast, hardware, pick_device
 from errors import RunError
@@ -162,10 +164,25 @@ def execute(run: Run, args: argparse.Namespace, deadline: float | None) -> bool:
             return False
         if child.returncode:
             raise RunError(f"{run.title} ended with exit code {child.returncode}; see above")
+    check_result(run, out / "result.json")
     args.results.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "result.json", run.result(args.results).with_suffix(".tmp"))
     run.result(args.results).with_suffix(".tmp").replace(run.result(args.results))
     return True
+
+
+def check_result(run: Run, file: Path) -> None:
+    """Raise a :class:`RunError` if ``file`` is not the result of ``run``, as where a folder was copied or renamed."""
+    try:
+        result = json.loads(file.read_text())
+        found = [result["model"], result["dataset"], result["recipe"], result["settings"]["epochs"], result["seed"],
+                 result["settings"]["model_kwargs"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} is damaged ({error!r}); remove its folder to run {run.title} anew") from error
+    asked = parse_args([*run.experiment.arguments(), "--epochs", str(run.epochs), "--seed", str(run.seed)])
+    expected = [asked.model, asked.dataset, asked.recipe, run.epochs, run.seed, asked.model_kwargs]
+    if found != expected:
+        raise RunError(f"{file} is of {found}, {run.title} of {expected}; remove its folder to run it anew")
 
 
 def list_experiments(args: argparse.Namespace) -> None:
@@ -223,11 +240,11 @@ def main(argv: list[str] | None = None) -> None:
     action.add_argument("--all", action="store_true", help="run all that are missing")
     action.add_argument("--report", action="store_true", help="only write docs/results.md and its plots")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="run what fits, and stop in time")
-    parser.add_argument("--epochs", type=int, help="a shorter (or longer) form than the recipe's")
+    parser.add_argument("--epochs", type=positive, help="a shorter (or longer) form than the recipe's")
     parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the experiments'")
     parser.add_argument("--data-dir", help="Parquet files on disk, as for cifar.py")
     parser.add_argument("--device", help="as for cifar.py")
-    parser.add_argument("--nproc", type=int, default=1, help="processes of torchrun")
+    parser.add_argument("--nproc", type=positive, default=1, help="processes of torchrun")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "study", help="folder of the runs (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of the pages (%(default)s)")
@@ -236,9 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         unknown = sorted(set(args.run or ()) - set(EXPERIMENTS))
         if unknown:
             raise RunError(f"--run {unknown[0]} is no experiment; --list shows them")
-        if args.epochs is not None and args.epochs < 1:
-            raise RunError(f"--epochs must be at least 1, got {args.epochs}")
-        if args.budget is not None and args.budget <= 0:
+        if args.budget is not None and not args.budget > 0:  # not a number neither
             raise RunError(f"--budget must be above 0 minutes, got {args.budget:g}")
         if args.list:
             list_experiments(args)

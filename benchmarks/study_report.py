@@ -113,25 +113,36 @@ def cells_of(row: Row, finished: dict[str, list[Finished]]) -> Iterator[tuple[st
         short = f"**short**: {group.epochs} of {full}" if group.epochs < full else str(group.epochs)
         ours = f"{group.mean:.2f}"
         ours += f" ± {group.deviation:.2f} ({len(group.errors)} seeds)" if group.deviation is not None else " (1 seed)"
-        names = sorted({result["hardware"]["name"] for result in group.results.values()})
+        names = sorted({f"{result['hardware']['name']}, {result['settings']['precision']}"
+                        for result in group.results.values()})
         network = next(iter(group.results.values()))
         yield (row.label, published, ours, compare(row, group, finished), f"{network['params'] / 1e6:.2f}",
-               f"{network['macs'] / 1e6:.1f}", short, ", ".join(names))
+               f"{network['macs'] / 1e6:.1f}", short, "; ".join(names))
 
 
 def compare(row: Row, group: Finished, finished: dict[str, list[Finished]]) -> str:
     """Return the difference to what ``row`` is compared with, and whether it stands out of the spread."""
     other = next((item for item in finished.get(row.against, ()) if item.epochs == group.epochs), None)
-    shared = sorted(set(other.results) & set(group.results)) if other is not None else []
-    if other is None or not shared:
+    both = sorted(set(other.results) & set(group.results)) if other is not None else []
+    if other is None or not both:
         return ""
-    # Seeds are shared, so the differences are compared pair by pair.
+    # Seeds are shared, so the differences are compared pair by pair, of those trained in the same way.
+    shared = [seed for seed in both if conditions(group.results[seed]) == conditions(other.results[seed])]
+    if not shared:
+        return "not compared: trained under other conditions"
     differences = [group.results[seed]["final"]["error"] - other.results[seed]["final"]["error"] for seed in shared]
     mean = statistics.mean(differences)
     if len(differences) == 1:
         return f"{mean:+.2f}, spread unknown"
     spread = statistics.stdev(differences)
     return f"{mean:+.2f} ± {spread:.2f}" + ("" if abs(mean) > spread else ", within the spread")
+
+
+def conditions(result: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a run was trained on and with, which two runs must share to be compared."""
+    settings = result["settings"]
+    return (result["hardware"]["name"], result["versions"]["torch"], result["processes"], settings["precision"],
+            settings.get("cpu_kernels", False))
 
 
 def command(results: dict[int, dict[str, Any]]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import positive
 from checkpoint import FILE_NAME, write_json
 from display import duration
 from environment import command_line, hardware, versions
@@ -80,9 +81,9 @@ def survive(kills: int, epochs: int, limit: int, seed: int, folder: Path) -> dic
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--limit", type=int, default=640, help="training images")
+    parser.add_argument("--kills", type=positive, default=20)
+    parser.add_argument("--epochs", type=positive, default=40)
+    parser.add_argument("--limit", type=positive, default=640, help="training images")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="folder for survive.json")
     args = parser.parse_args(argv)

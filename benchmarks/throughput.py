@@ -23,14 +23,15 @@ from typing import Any
 import augment
 import torch
 import torch.nn.functional as F
+from arguments import check_models, positive
 from checkpoint import write_atomic, write_json
-from cpu_kernels import why_no_kernels
+from cpu_kernels import kernels_pay, why_no_kernels
 from cpu_modules import use_cpu_kernels
 from environment import bf16_is_fast, command_line, compile_model, hardware, keep_freed_memory, pick_device, versions
 from errors import RunError
 from evaluate import count_macs
 from recipes import Recipe, make_optimizer
-from timm import create_model, is_model
+from timm import create_model
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
@@ -44,10 +45,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["ran_att56_cifar", "ran_att92_cifar"])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[128])
-    parser.add_argument("--size", type=int, default=32, help="side of the images, pixels")
+    parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[128])
+    parser.add_argument("--size", type=positive, default=32, help="side of the images, pixels")
     parser.add_argument("--device", help="default: a GPU if there is one")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each case")
+    parser.add_argument("--rounds", type=positive, default=7, help="measurements of each case")
     parser.add_argument("--seconds", type=float, default=1.0, help="least duration of one measurement")
     parser.add_argument("--out", type=Path, help="folder for throughput.json and throughput.png")
     parser.add_argument("--plot", type=Path, help="where the plot goes instead")
@@ -68,9 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Time every case ``args.rounds`` times in turn; return medians, extremes, and the machine's ceilings."""
-    unknown = [name for name in args.models if not is_model(name)]
-    if unknown:
-        raise RunError(f"--models {unknown[0]} is no timm model")
+    check_models(args.models)
     precision = "bf16" if bf16_is_fast(device) else "fp32"
     cases: list[Case] = []
     for batch_size in args.batch_sizes:
@@ -113,7 +112,7 @@ class Case:
             model = model.to(device, memory_format=torch.channels_last)
             self.batches = self._resident_batches()
             compile_mode = "default" if device.type == "cuda" else "off"
-            if why_no_kernels(device, sync_bn=False, compile_mode=compile_mode) is None:
+            if why_no_kernels(device, compile_mode) is None and kernels_pay():
                 use_cpu_kernels(model)
             self.forward: Callable[..., torch.Tensor] = compile_model(model, compile_mode)
         else:

@@ -43,7 +43,7 @@ class Trainer:
         # The warm-up keeps the random initial weights out of the average.
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         if cpu_kernels:
-            use_cpu_kernels(model)
+            use_cpu_kernels(model, sync_bn)
         synced = sync_batch_norm(model, self.device) if sync_bn else model
         self.forward = compile_model(data_parallel(synced, world, self.device), compile_mode)
         self.compile_mode = compile_mode

@@ -155,7 +155,9 @@ def recipes() -> str:
     """The hyper-parameters of the training script's recipes."""
     columns = [asdict(recipe) for recipe in RECIPES.values()]
     rows = [
-        (f"`--{name.replace('_', '-')}`", *(_show(column[name]) for column in columns))
+        (f"`--{name.replace('_', '-')}`", *(
+            "-" if name.startswith("muon") and column["optimizer"] != "muon" else _show(column[name])
+            for column in columns))
         for name in columns[0] if any(column[name] for column in columns)
     ]
     return table(("flag", *(f"`{name}`" for name in RECIPES)), "l" + "r" * len(RECIPES), rows)
@@ -197,14 +199,15 @@ def scaling(result: dict[str, Any]) -> str:
     rows = [(
         str(row["processes"]), str(row["threads"]),
         "one process" if row["processes"] == 1 else "global batch" if row["sync_bn"] else "each process's slice",
+        "yes" if row["cpu_kernels"] else "no",
         f"{row['images_per_s']:.0f}", f"{min(row['runs']):.0f} to {max(row['runs']):.0f}",
         f"{row['images_per_s'] / result['rows'][0]['images_per_s']:.2f}",
     ) for row in result["rows"]]
-    return (table(("processes", "threads of each", "batch normalisation", "images/s", "lowest to highest", "factor"),
-                  "rrlrrr", rows)
-            + f"\n\n`{result['command']}` on {result['hardware']['name']}: training of `{result['model']}` at 32 px, "
-              f"recipe `{result['recipe']}`, global batch {result['batch_size']}; medians of "
-              f"{len(result['rows'][0]['runs'])} runs.")
+    return (table(("processes", "threads of each", "batch normalisation", "fused kernels", "images/s",
+                   "lowest to highest", "factor"), "rrllrrr", rows)
+            + f"\n\n`{result['command']}` on {result['hardware']['name']}, {result['precision']}: training of "
+              f"`{result['model']}` at 32 px, recipe `{result['recipe']}`, global batch {result['batch_size']}; "
+              f"medians of {len(result['rows'][0]['runs'])} runs.")
 
 
 @from_results

@@ -235,10 +235,42 @@ def test_a_run_resumed_by_its_folder_keeps_its_command(tmp_path, monkeypatch):
     (["--holdout", "160"], "--holdout must be below the 160 training images"),
     (["--resolutions", "0.5"], "--resolutions must be pairs"),
     (["--eval-only"], "--eval-only: no finished run in"),
+    (["--device", "meta"], "--device meta has shapes but no numbers"),
+    (["--seed", "-1"], "--seed must be from 0 to 2**32 - 1, got -1"),
+    (["--seed", str(2 ** 64)], "--seed must be from 0 to 2**32 - 1, got 18446744073709551616"),
+    (["--pad", "32"], "--pad must be below the 32 pixels of the images, got 32"),
+    (["--momentum", "1"], "--momentum must be below 1, got 1"),
+    (["--ema-decay", "2"], "--ema-decay must be below 1, got 2"),
+    (["--label-smoothing", "1.5"], "--label-smoothing must be at most 1, got 1.5"),
+    (["--resolutions", "0", "0"], "at least 1 pixel, got () and (0.0, 0.0)"),
+    (["--milestones", "80", "120"], "must have fractions from 0 to 1 and at least 1 pixel, got (80.0, 120.0) and ()"),
+    (["--model", "ran_att56_cifar", "--model-kwargs", "in_chans=1"],
+     "--model ran_att56_cifar does not take images of 3 x 32 x 32 (Given groups=1"),
 ])
 def test_unusable_arguments(tmp_path, capsys, args, message):
     assert message in fails(capsys, *args, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"dataset": "digits"}'])
+def test_a_result_that_is_none_is_not_evaluated(tmp_path, capsys, text):
+    (tmp_path / "result.json").write_text(text)
+    assert "--eval-only: no finished run in" in fails(capsys, "--eval-only", "--out", tmp_path)
+
+
+def test_ctrl_c_before_and_after_the_training(tmp_path, monkeypatch):
+    """In the training it ends with a checkpoint; elsewhere it ends the process at once, without a traceback."""
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    for moment in ("load_dataset", "write_result"):
+        handler = signal.getsignal(signal.SIGINT)
+        with monkeypatch.context() as patch:
+            patch.setattr(cifar, moment, interrupted)
+            with pytest.raises(SystemExit) as exit_info:
+                run("--out", tmp_path / moment)
+        assert exit_info.value.code == 130
+        assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_out_that_cannot_be_made(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The kernels for training on a CPU: the numbers of torch, and where they step aside."""
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
 import cpu_kernels
-from cpu_kernels import gate, library, norm_act_conv, why_no_kernels
+from cpu_kernels import gate, kernels_pay, library, norm_act_conv, why_no_kernels
 from cpu_modules import use_cpu_kernels
 
 from ran_layers import AttentionModule, ResidualUnit, ResidualUnitDown, record_masks
@@ -301,17 +302,34 @@ def test_gradients_of_a_network_are_as_exact_as_those_of_torch():
 
 
 def test_obstacles_are_named(monkeypatch, capsys, tmp_path):
-    assert "the device is cuda" in why_no_kernels(torch.device("cuda"), False, "off")
-    assert "--sync-bn" in why_no_kernels(CPU, True, "off")
-    assert "--compile" in why_no_kernels(CPU, False, "default")
+    assert "the device is cuda" in why_no_kernels(torch.device("cuda"), "off")
+    assert "--compile" in why_no_kernels(CPU, "default")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: None)
     monkeypatch.setattr(cpu_kernels, "library", library.__wrapped__)
-    assert "no C++ compiler" in why_no_kernels(CPU, False, "off")
+    assert "no C++ compiler" in why_no_kernels(CPU, "off")
     with pytest.raises(SystemExit):
         cifar.main(["--dataset", "digits", "--device", "cpu", "--cpu-kernels", "--out", str(tmp_path / "run")])
     assert "error: --cpu-kernels are not to be had here: there is no C++ compiler" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@needs_compiler
+def test_kernels_are_worth_their_use_here():
+    """Vectors wider than the processor's once made them nine times slower than torch's, and no test knew."""
+    assert kernels_pay.__wrapped__()
+
+
+@needs_compiler
+@pytest.mark.parametrize(("flags", "used"), [([], False), (["--cpu-kernels"], True)])
+def test_kernels_that_are_slow_are_used_only_if_asked_for(monkeypatch, capsys, tmp_path, flags, used):
+    monkeypatch.setattr(cpu_kernels, "_convolution_seconds", lambda ours: 3.0 if ours else 1.0)
+    monkeypatch.setattr(cifar, "kernels_pay", kernels_pay.__wrapped__)
+    out = tmp_path / "run"
+    cifar.main(["--model", "plain_cnn8_cifar", "--dataset", "digits", "--device", "cpu", "--limit", "64",
+                "--epochs", "1", "--out", str(out), *flags])
+    assert ("fused kernels" in capsys.readouterr().out) is used
+    assert json.loads((out / "result.json").read_text())["settings"]["cpu_kernels"] is used
 
 
 def test_a_compiler_that_fails_is_no_compiler(monkeypatch, tmp_path):

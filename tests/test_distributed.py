@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import cifar  # noqa: E402
+from cpu_kernels import library  # noqa: E402
 from distributed import World, data_parallel  # noqa: E402
 
 SMALL = ["--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "64", "--batch-size", "32"]
@@ -60,6 +61,60 @@ def test_global_batch_norm_gradients_and_statistics_are_those_of_one_process(tmp
     script.write_text(EXACT)
     done = torchrun(script)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+KERNELS = """
+import copy, torch, torch.nn as nn
+from cpu_modules import use_cpu_kernels
+from distributed import data_parallel, join_world, leave_world, sync_batch_norm
+from ran_layers import AttentionModule, ResidualUnitDown
+
+world, device = join_world("cpu")
+torch.manual_seed(0)
+# The last normalisation is of a map that the kernels do not take.
+model = nn.Sequential(
+    AttentionModule(32), ResidualUnitDown(32, 64), nn.BatchNorm2d(64), nn.Conv2d(64, 12, 1), nn.BatchNorm2d(12))
+model = model.to(memory_format=torch.channels_last)
+exact = copy.deepcopy(model).double()
+use_cpu_kernels(model, synced=True)
+x = torch.randn(6, 32, 9, 8).contiguous(memory_format=torch.channels_last)
+y = torch.randn(6, 12, 5, 4)
+together = data_parallel(sync_batch_norm(model, device), world, device)
+loss = (together(world.share(x)) - world.share(y)).square().mean()
+loss.backward()
+expected = (exact(x.double()) - y.double()).square().mean()
+expected.backward()
+assert abs(world.mean(loss.detach()) - expected.detach()) < 1e-5
+for (name, param), other in zip(model.named_parameters(), exact.named_parameters()):
+    error = (param.grad - other[1].grad).norm() / other[1].grad.norm()
+    assert error < 1e-4 or other[1].grad.norm() < 1e-10, (name, error)
+torch.testing.assert_close(
+    {name: value.double() for name, value in model.state_dict().items()},
+    {name: value.double() for name, value in exact.state_dict().items()}, rtol=1e-5, atol=1e-6)
+leave_world()
+"""
+
+
+@pytest.mark.skipif(library() is None, reason="the kernels cannot be built here")
+def test_kernels_normalise_the_global_batch(tmp_path):
+    script = tmp_path / "kernels.py"
+    script.write_text(KERNELS)
+    done = torchrun(script)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(library() is None, reason="the kernels cannot be built here")
+def test_first_losses_with_the_kernels(tmp_path):
+    args = [*SMALL, "--recipe", "quick", "--lr", "0.01", "--epochs", "3", "--limit", "32", "--cpu-kernels",
+            "--precision", "fp32"]
+    done = torchrun(BENCHMARKS / "cifar.py", *args, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "fused kernels, 2 processes" in done.stdout
+    cifar.main([*args, "--out", str(tmp_path / "one")])
+    one, two = ([row["train_loss"] for row in json.loads((tmp_path / name / "result.json").read_text())["epochs"]]
+                for name in ("one", "two"))
+    assert abs(one[2] - one[0]) > 0.01, "the steps must matter to the losses that are compared"
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=0, atol=1e-5)
 
 
 IN_DOUBLE = """

@@ -2,6 +2,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -165,11 +166,27 @@ def test_errors_say_what_is_wrong() -> None:
         ran_layers.fuse("resnet18")
 
 
-def test_benchmark_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location("benchmark_fuse", ROOT / "benchmarks" / "fuse.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_benchmark_names_what_it_cannot_use(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for args, message in (
+            (["--models", "resnet0"], "error: --models resnet0 is no timm model"),
+            (["--device", "abacus"], "error: --device abacus is not to be had here"),
+            (["--rounds", "0"], "argument --rounds: must be at least 1, got 0")):
+        with pytest.raises(SystemExit) as exit_info:
+            benchmark.main(args)
+        assert exit_info.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_benchmark_measures_and_writes(benchmark: Any, tmp_path: Path) -> None:
     out = tmp_path / "results"
     benchmark.main([
         "--models", "plain_cnn8_cifar", "--batch-sizes", "2", "--rounds", "2", "--device", "cpu", "--out", str(out)])

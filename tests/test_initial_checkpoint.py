@@ -93,7 +93,7 @@ def test_a_classifier_of_other_classes_begins_anew(first):
     args = cifar.parse_args([*SMALL, "--dataset", "digits"])
     data = cifar.load_dataset("digits", None)
     data.class_names = data.class_names[:7]
-    model = cifar.build_model(args, cifar.make_recipe("quick", "digits", {}), data)
+    model, _ = cifar.build_model(args, cifar.make_recipe("quick", "digits", {}), data)
     classifier = {name: value.clone() for name, value in model.get_classifier().state_dict().items()}
     weights = load_file(first)
     cifar.begin_with(model, weights, first)

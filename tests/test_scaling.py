@@ -22,11 +22,14 @@ def test_forms_on_a_gpu_and_on_a_cpu(monkeypatch):
 def test_forms_take_turns_and_the_median_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(1))
     speeds = iter([10.0, 18.0, 14.0, 11.0, 19.0, 14.5, 30.0, 17.0, 2.0])
-    monkeypatch.setattr(scaling, "measure", lambda *_: next(speeds))
+    monkeypatch.setattr(
+        scaling, "measure", lambda form, *_: (next(speeds), dict(precision="fp32", cpu_kernels=not form["sync_bn"])))
     scaling.main(["--device", "cpu", "--out", str(tmp_path), "--batch-size", "128"])
     report = json.loads((tmp_path / "scaling.json").read_text())
     assert [(row["processes"], row["sync_bn"], row["images_per_s"]) for row in report["rows"]] == [
         (1, False, 11.0), (2, True, 18.0), (2, False, 14.0)]
+    assert report["precision"] == "fp32"
+    assert [row["cpu_kernels"] for row in report["rows"]] == [True, False, True]
     assert report["command"] == "python benchmarks/scaling.py --device cpu --batch-size 128"
 
 
@@ -38,7 +41,8 @@ if arguments["--model"] == "nothing":
 folder = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 folder.mkdir()
 speeds = [500.0, 40.0, 44.0]  # the first epoch does not count
-(folder / "result.json").write_text(json.dumps({"epochs": [{"images_per_s": speed} for speed in speeds]}))
+(folder / "result.json").write_text(json.dumps({
+    "epochs": [{"images_per_s": speed} for speed in speeds], "settings": {"precision": "fp32", "cpu_kernels": True}}))
 """
 
 

@@ -10,8 +10,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import experiments  # noqa: E402
+import scaling  # noqa: E402
 import study  # noqa: E402
 import study_report  # noqa: E402
+import throughput  # noqa: E402
 from environment import bf16_is_fast  # noqa: E402
 from experiments import EXPERIMENTS, TABLES, Experiment, Row, Table, cite  # noqa: E402
 from recipes import make_recipe  # noqa: E402
@@ -39,6 +41,7 @@ def result(error: float, epochs: int = 10, speed: float = 100.0) -> dict:
     precision = "bf16" if bf16_is_fast(torch.device("cpu")) else "fp32"  # what a run on this machine would say
     return dict(
         model="plain_cnn8_cifar", recipe="quick", settings={"precision": precision}, final={"error": error},
+        versions={"torch": torch.__version__}, processes=1,
         hardware=study.hardware(torch.device("cpu")), images_per_s=speed, params=2_000_000, macs=1_000_000,
         epochs=[{}] * epochs, command="python benchmarks/cifar.py --seed 0")
 
@@ -89,6 +92,22 @@ def test_arguments_reach_the_training_script():
     assert args.model_kwargs == ['attention_args={"learning": "naive"}']
 
 
+def test_only_runs_of_one_kind_of_training_are_compared(tiny, tmp_path):
+    results = tmp_path / "results"
+    save(results, "tiny-a", 8, 20.0, 22.0, 24.0)
+    save(results, "tiny-b", 8, 20.5, 23.5, 90.0)
+    other = results / "tiny-b-8ep-seed2.json"
+    changed = json.loads(other.read_text())
+    changed["settings"]["cpu_kernels"] = True
+    other.write_text(json.dumps(changed))
+    study.main(["--report", *tiny])
+    assert "| +1.00 ± 0.71 |" in (tmp_path / "docs" / "results.md").read_text()  # seeds 0 and 1
+    for seed in (0, 1):
+        (results / f"tiny-b-8ep-seed{seed}.json").unlink()
+    study.main(["--report", *tiny])
+    assert "| not compared: trained under other conditions |" in (tmp_path / "docs" / "results.md").read_text()
+
+
 def test_tables_show_means_spreads_and_short_runs(tiny, tmp_path):
     save(tmp_path / "results", "tiny-a", 8, 20.0, 22.0)
     save(tmp_path / "results", "tiny-b", 8, 20.5, 21.7)
@@ -96,7 +115,7 @@ def test_tables_show_means_spreads_and_short_runs(tiny, tmp_path):
     save(tmp_path / "results", "tiny-b", 3, 45.0)
     study.main(["--report", *tiny])
     page = (tmp_path / "docs" / "results.md").read_text()
-    hardware = result(0)["hardware"]["name"]
+    hardware = f"{result(0)['hardware']['name']}, {result(0)['settings']['precision']}"
     assert f"| A | 22.08 (report) | 40.00 (1 seed) |  | 2.00 | 1.0 | **short**: 3 of 8 | {hardware} |" in page
     assert f"| A | 22.08 (report) | 21.00 ± 1.41 (2 seeds) |  | 2.00 | 1.0 | 8 | {hardware} |" in page
     assert "| 45.00 (1 seed) | +5.00, spread unknown |" in page
@@ -158,14 +177,37 @@ def test_runs_what_is_missing_stops_in_time_and_goes_on(tiny, tmp_path, capfd):
 
 @pytest.mark.parametrize(("args", "message"), [
     (["--run", "nothing"], "--run nothing is no experiment"),
-    (["--all", "--epochs", "0"], "--epochs must be at least 1, got 0"),
     (["--all", "--budget", "-1"], "--budget must be above 0 minutes, got -1"),
+    (["--all", "--budget", "nan"], "--budget must be above 0 minutes, got nan"),
 ])
 def test_unusable_arguments(tiny, capsys, args, message):
     with pytest.raises(SystemExit) as exit_info:
         study.main([*args, *tiny])
     assert exit_info.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("script", [study, scaling, throughput])
+def test_counts_begin_at_one(capsys, script):
+    flag = "--epochs" if script is study else "--rounds"
+    with pytest.raises(SystemExit) as exit_info:
+        script.main([flag, "0"])
+    assert exit_info.value.code == 2
+    assert f"argument {flag}: must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_result_of_another_run_is_not_taken(tiny, tmp_path, capsys):
+    run = study.Run("tiny-b", 1, 3)
+    folder = tmp_path / "runs" / run.stem
+    folder.mkdir(parents=True)
+    for text, message in ((json.dumps(result(20.0)), "is damaged"), (json.dumps(dict(
+            result(20.0), dataset="digits", seed=4, settings=dict(epochs=1, model_kwargs=[]))), "is of [")):
+        (folder / "result.json").write_text(text)
+        with pytest.raises(SystemExit) as exit_info:
+            study.main(["--run", "tiny-b", "--epochs", "1", "--seeds", "3", *tiny])
+        assert exit_info.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def test_page_without_the_marks(tiny, tmp_path, capsys):

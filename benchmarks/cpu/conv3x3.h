@@ -105,10 +105,10 @@ void words_of_images(const T* maps, int64_t count, int64_t part, int64_t positio
             }
 }
 
+// As pointwise_backward.
 template <class T>
-void conv3x3_backward(const T* grad_y, const T* grad_past, const T* x, T* grad_x, const float* saved,
-                      const float* weight, float* grad_weight, float* grad_norm_weight, float* grad_norm_bias,
-                      const Conv3x3& conv, int threads) {
+void conv3x3_backward(const T* grad_y, const T* x, T* grad_norm, const float* saved, const float* weight,
+                      float* grad_weight, double* norm_sums, const Conv3x3& conv, int threads) {
     typedef Factor<T> F;
     typedef typename F::Word Word;
     const int64_t K = conv.K, N = conv.N, words = N / F::STEP;
@@ -117,7 +117,7 @@ void conv3x3_backward(const T* grad_y, const T* grad_past, const T* x, T* grad_x
     const std::vector<Word> packed = backward_words<T>(weight, TAPS, K, N, threads);
     const int64_t part = conv.part();
     const std::vector<int64_t> seen = conv.seen(), seen_from = conv.seen_from();
-    std::vector<double> sums(threads * K), products(threads * K);
+    std::vector<double> sums(threads * 2 * K);
     std::vector<float> grad_weights(threads * TAPS * N * K);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
@@ -154,22 +154,21 @@ void conv3x3_backward(const T* grad_y, const T* grad_past, const T* x, T* grad_x
                     for (int64_t i = 0; i < count; i++) {
                         Floats value = load(maps + (i * positions + position) * K + k);
                         Floats passing = passed<true>(load(&input_grads[i * K + k]), value * a + b);
-                        store(grad_x + ((image + i) * positions + position) * K + k, passing);
+                        store(grad_norm + ((image + i) * positions + position) * K + k, passing);
                         sum += passing;
                         product += passing * (value - middle);
                     }
-                    add(&sums[thread * K + k], sum);
-                    add(&products[thread * K + k], product);
+                    add(&sums[thread * 2 * K + k], sum);
+                    add(&sums[(thread * 2 + 1) * K + k], product);
                 }
             }
         }
     }
-    add_threads(sums, threads), add_threads(products, threads), add_threads(grad_weights, threads);
+    add_threads(sums, threads), add_threads(grad_weights, threads);
+    std::copy(sums.begin(), sums.end(), norm_sums);
     for (int tap = 0; tap < TAPS; tap++)
         for (int64_t n = 0; n < N; n++)
             std::copy_n(&grad_weights[(tap * N + n) * K], K, grad_weight + (n * TAPS + tap) * K);
-    norm_input_gradient<false>(grad_x, grad_past, x, grad_x, saved, sums, products, grad_norm_weight, grad_norm_bias,
-                               conv.batch * positions, K, threads);
 }
 
 }  // namespace

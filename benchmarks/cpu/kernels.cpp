@@ -1,7 +1,7 @@
 // The kernels that cpu_kernels.py builds with the system's compiler, without torch's headers, and calls by name.
 //
 // Maps are channels-last, seen as (rows, channels) with rows = batch * height * width, in float or bfloat16; everything
-// per channel is float.
+// per channel is float, what is exchanged between processes double.
 #include <cstdint>
 
 #include "conv3x3.h"
@@ -11,47 +11,47 @@
 
 // The types of the maps, as functions that ctypes finds by name.
 #define EXPORT(TYPE, SUFFIX)                                                                                          \
-    void norm_forward_##SUFFIX(const TYPE* x, TYPE* y, const float* weight, const float* bias, float* mean,           \
-                               float* var, float* saved, int64_t rows, int64_t channels, float eps, float momentum,   \
-                               int relu, int threads) {                                                               \
-        (relu ? norm_forward<true, TYPE> : norm_forward<false, TYPE>)(                                                \
-            x, y, weight, bias, mean, var, saved, rows, channels, eps, momentum, threads);                            \
+    void norm_moments_##SUFFIX(const TYPE* x, double* moments, int64_t rows, int64_t channels, int threads) {         \
+        norm_moments(x, moments, rows, channels, threads);                                                            \
     }                                                                                                                 \
-    void norm_backward_##SUFFIX(const TYPE* grad_y, const TYPE* grad_past, const TYPE* x, TYPE* grad_x,               \
-                                const float* saved, float* grad_weight, float* grad_bias, int64_t rows,               \
-                                int64_t channels, int relu, int threads) {                                            \
-        (relu ? norm_backward<true, TYPE> : norm_backward<false, TYPE>)(                                              \
-            grad_y, grad_past, x, grad_x, saved, grad_weight, grad_bias, rows, channels, threads);                    \
+    void norm_forward_##SUFFIX(const TYPE* x, TYPE* y, const float* saved, int64_t rows, int64_t channels, int relu,  \
+                               int threads) {                                                                         \
+        (relu ? norm_forward<true, TYPE> : norm_forward<false, TYPE>)(x, y, saved, rows, channels, threads);          \
     }                                                                                                                 \
-    void norm_statistics_##SUFFIX(const TYPE* x, const float* weight, const float* bias, float* mean, float* var,     \
-                                  float* saved, int64_t rows, int64_t channels, float eps, float momentum,            \
-                                  int threads) {                                                                      \
-        norm_statistics(x, weight, bias, mean, var, saved, rows, channels, eps, momentum, threads);                   \
+    void norm_sums_##SUFFIX(const TYPE* grad_y, const TYPE* x, const float* saved, double* sums, int64_t rows,        \
+                            int64_t channels, int relu, int threads) {                                                \
+        (relu ? norm_sums<true, TYPE> : norm_sums<false, TYPE>)(grad_y, x, saved, sums, rows, channels, threads);     \
+    }                                                                                                                 \
+    void norm_input_gradient_##SUFFIX(const TYPE* grad_y, const TYPE* grad_past, const TYPE* x, TYPE* grad_x,         \
+                                      const float* saved, const double* own_sums, const double* sums,                 \
+                                      float* grad_weight, float* grad_bias, int64_t rows, int64_t rows_of_all,        \
+                                      int64_t channels, int relu, int threads) {                                      \
+        (relu ? norm_input_gradient<true, TYPE> : norm_input_gradient<false, TYPE>)(                                  \
+            grad_y, grad_past, x, grad_x, saved, own_sums, sums, grad_weight, grad_bias, rows, rows_of_all, channels, \
+            threads);                                                                                                 \
     }                                                                                                                 \
     void pointwise_forward_##SUFFIX(const TYPE* x, const TYPE* other, TYPE* y, const float* saved,                    \
                                     const float* weight, int64_t rows, int64_t channels_in, int64_t channels_out,     \
                                     int threads) {                                                                    \
         pointwise_forward(x, other, y, saved, weight, rows, channels_in, channels_out, threads);                      \
     }                                                                                                                 \
-    void pointwise_backward_##SUFFIX(const TYPE* grad_y, const TYPE* grad_past, const TYPE* x, TYPE* grad_x,          \
-                                     const float* saved, const float* weight, float* grad_weight,                     \
-                                     float* grad_norm_weight, float* grad_norm_bias, int64_t rows,                    \
+    void pointwise_backward_##SUFFIX(const TYPE* grad_y, const TYPE* x, TYPE* grad_norm, const float* saved,          \
+                                     const float* weight, float* grad_weight, double* norm_sums, int64_t rows,        \
                                      int64_t channels_in, int64_t channels_out, int threads) {                        \
-        pointwise_backward(grad_y, grad_past, x, grad_x, saved, weight, grad_weight, grad_norm_weight,                \
-                           grad_norm_bias, rows, channels_in, channels_out, threads);                                 \
+        pointwise_backward(grad_y, x, grad_norm, saved, weight, grad_weight, norm_sums, rows, channels_in,            \
+                           channels_out, threads);                                                                    \
     }                                                                                                                 \
     void conv3x3_forward_##SUFFIX(const TYPE* x, TYPE* y, const float* saved, const float* weight, int64_t batch,     \
                                   int64_t height, int64_t width, int64_t channels_in, int64_t channels_out,           \
                                   int64_t stride, int threads) {                                                      \
         conv3x3_forward(x, y, saved, weight, {batch, height, width, channels_in, channels_out, stride}, threads);     \
     }                                                                                                                 \
-    void conv3x3_backward_##SUFFIX(const TYPE* grad_y, const TYPE* grad_past, const TYPE* x, TYPE* grad_x,            \
-                                   const float* saved, const float* weight, float* grad_weight,                       \
-                                   float* grad_norm_weight, float* grad_norm_bias, int64_t batch, int64_t height,     \
-                                   int64_t width, int64_t channels_in, int64_t channels_out, int64_t stride,          \
-                                   int threads) {                                                                     \
-        conv3x3_backward(grad_y, grad_past, x, grad_x, saved, weight, grad_weight, grad_norm_weight,                  \
-                         grad_norm_bias, {batch, height, width, channels_in, channels_out, stride}, threads);         \
+    void conv3x3_backward_##SUFFIX(const TYPE* grad_y, const TYPE* x, TYPE* grad_norm, const float* saved,            \
+                                   const float* weight, float* grad_weight, double* norm_sums, int64_t batch,         \
+                                   int64_t height, int64_t width, int64_t channels_in, int64_t channels_out,          \
+                                   int64_t stride, int threads) {                                                     \
+        conv3x3_backward(grad_y, x, grad_norm, saved, weight, grad_weight, norm_sums,                                 \
+                         {batch, height, width, channels_in, channels_out, stride}, threads);                         \
     }                                                                                                                 \
     void gate_forward_##SUFFIX(const TYPE* trunk, const TYPE* logits, TYPE* y, int64_t values, int threads) {         \
         gate_forward(trunk, logits, y, values, threads);                                                              \
@@ -62,6 +62,11 @@
     }
 
 extern "C" {
+void norm_scales_of(const double* moments, const float* weight, const float* bias, float* running_mean,
+                    float* running_var, float* saved, int64_t rows, int64_t channels, float eps, float momentum) {
+    norm_scales(moments, weight, bias, running_mean, running_var, saved, rows, channels, eps, momentum);
+}
+
 EXPORT(float, float32)
 EXPORT(BFloat16, bfloat16)
 }

@@ -1,4 +1,5 @@
-// Batch normalisation and the ReLU after it, each way in two passes over the maps instead of torch's five.
+// Batch normalisation and the ReLU after it, each way in two passes over the maps instead of torch's five. Between the
+// two, processes that train together may exchange what the first has found.
 #pragma once
 #include <type_traits>
 #include <vector>
@@ -76,13 +77,11 @@ struct Partial {
     Partial(int threads, int64_t width) : sums(threads * width), others(threads * width) {}
 };
 
-// Writes mean, 1 / deviation, scale and shift of each channel to `saved`, and updates the running statistics.
+// Writes to `moments` the mean of each channel, then the sums of its squared differences from that.
 template <class T>
-void norm_statistics(const T* x, const float* weight, const float* bias, float* running_mean, float* running_var,
-                     float* saved, int64_t rows, int64_t channels, float eps, float momentum, int threads) {
+void norm_moments(const T* x, double* moments, int64_t rows, int64_t channels, int threads) {
     const Shape shape(rows, channels);
     const int64_t width = shape.width;
-    float *mean = saved, *invstd = saved + channels, *scale = saved + 2 * channels, *shift = saved + 3 * channels;
     // Sums of squares lose the digits that mean and deviation differ in, unless they are taken around a typical value.
     std::vector<float> center(channels);
     for (int64_t c = 0; c < channels; c += LANES) store(&center[c], load(x + c));
@@ -107,22 +106,29 @@ void norm_statistics(const T* x, const float* weight, const float* bias, float* 
         });
     }
     for (int64_t c = 0; c < channels; c++) {
-        double offset = shape.narrow(partial.sums, c) / rows;
-        double var = shape.narrow(partial.others, c) / rows - offset * offset;
-        var = var < 0 ? 0 : var;
-        mean[c] = float(center[c] + offset);
-        invstd[c] = float(1 / __builtin_sqrt(var + eps));
+        double sum = shape.narrow(partial.sums, c), squares = shape.narrow(partial.others, c) - sum * sum / rows;
+        moments[c] = center[c] + sum / rows;
+        moments[channels + c] = squares < 0 ? 0 : squares;
+    }
+}
+
+// Writes mean, 1 / deviation, scale and shift of each channel to `saved`, and updates the running statistics.
+inline void norm_scales(const double* moments, const float* weight, const float* bias, float* running_mean,
+                        float* running_var, float* saved, int64_t rows, int64_t channels, float eps, float momentum) {
+    float *mean = saved, *invstd = saved + channels, *scale = saved + 2 * channels, *shift = saved + 3 * channels;
+    for (int64_t c = 0; c < channels; c++) {
+        const double squares = moments[channels + c];
+        mean[c] = float(moments[c]);
+        invstd[c] = float(1 / __builtin_sqrt(squares / rows + eps));
         scale[c] = weight[c] * invstd[c];
         shift[c] = bias[c] - mean[c] * scale[c];
         running_mean[c] += momentum * (mean[c] - running_mean[c]);
-        running_var[c] += momentum * (float(var * rows / (rows > 1 ? rows - 1 : 1)) - running_var[c]);
+        running_var[c] += momentum * (float(squares / (rows > 1 ? rows - 1 : 1)) - running_var[c]);
     }
 }
 
 template <bool RELU, class T>
-void norm_forward(const T* x, T* y, const float* weight, const float* bias, float* running_mean, float* running_var,
-                  float* saved, int64_t rows, int64_t channels, float eps, float momentum, int threads) {
-    norm_statistics(x, weight, bias, running_mean, running_var, saved, rows, channels, eps, momentum, threads);
+void norm_forward(const T* x, T* y, const float* saved, int64_t rows, int64_t channels, int threads) {
     const Shape shape(rows, channels);
     const int64_t width = shape.width;
     const std::vector<float> scales = shape.widen(saved + 2 * channels), shifts = shape.widen(saved + 3 * channels);
@@ -140,22 +146,23 @@ void norm_forward(const T* x, T* y, const float* weight, const float* bias, floa
         });
 }
 
-// The rest of the backward pass, given each channel's sums of `grad` and of `grad * (x - mean)`. `grad_past` is the
-// gradient of what takes x past the normalisation, a shortcut; null where nothing does.
+// The second pass backward. `sums` has each channel's sum of `grad`, then that of `grad * (x - mean)`, over all the
+// rows that were normalised together, `rows_of_all`; `own_sums` those of the rows here, whose gradients are asked for.
+// `grad_past` is the gradient of what takes x past the normalisation, a shortcut; null where nothing does.
 template <bool RELU, class T>
 void norm_input_gradient(const T* grad_y, const T* grad_past, const T* x, T* grad_x, const float* saved,
-                         const std::vector<double>& sums, const std::vector<double>& products, float* grad_weight,
-                         float* grad_bias, int64_t rows, int64_t channels, int threads) {
+                         const double* own_sums, const double* sums, float* grad_weight, float* grad_bias,
+                         int64_t rows, int64_t rows_of_all, int64_t channels, int threads) {
     const Shape shape(rows, channels);
     const int64_t width = shape.width;
     const float *mean = saved, *invstd = saved + channels, *scale = saved + 2 * channels;
     std::vector<float> slope(channels), offset(channels);
     for (int64_t c = 0; c < channels; c++) {
-        grad_bias[c] = float(sums[c]);
-        grad_weight[c] = float(products[c] * invstd[c]);
-        double per_value = -double(scale[c]) * invstd[c] * invstd[c] * products[c] / rows;
+        grad_bias[c] = float(own_sums[c]);
+        grad_weight[c] = float(own_sums[channels + c] * invstd[c]);
+        double per_value = -double(scale[c]) * invstd[c] * invstd[c] * sums[channels + c] / rows_of_all;
         slope[c] = float(per_value);
-        offset[c] = float(-scale[c] * sums[c] / rows - per_value * mean[c]);
+        offset[c] = float(-scale[c] * sums[c] / rows_of_all - per_value * mean[c]);
     }
     const std::vector<float> scales = shape.widen(scale), shifts = shape.widen(saved + 3 * channels);
     const std::vector<float> slopes = shape.widen(slope.data()), offsets = shape.widen(offset.data());
@@ -180,9 +187,10 @@ void norm_input_gradient(const T* grad_y, const T* grad_past, const T* x, T* gra
         });
 }
 
+// The first pass backward, where there is no convolution that makes it.
 template <bool RELU, class T>
-void norm_backward(const T* grad_y, const T* grad_past, const T* x, T* grad_x, const float* saved, float* grad_weight,
-                   float* grad_bias, int64_t rows, int64_t channels, int threads) {
+void norm_sums(const T* grad_y, const T* x, const float* saved, double* sums, int64_t rows, int64_t channels,
+               int threads) {
     const Shape shape(rows, channels);
     const int64_t width = shape.width;
     const std::vector<float> means = shape.widen(saved), scales = shape.widen(saved + 2 * channels),
@@ -190,7 +198,7 @@ void norm_backward(const T* grad_y, const T* grad_past, const T* x, T* grad_x, c
     Partial partial(threads, width);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
-        double *sums = &partial.sums[thread * width], *others = &partial.others[thread * width];
+        double *sum_of = &partial.sums[thread * width], *product_of = &partial.others[thread * width];
         each_part(shape, shape.first_row(thread, threads), shape.first_row(thread + 1, threads),
                   [=, &means, &scales, &shifts](auto vectors, int64_t row, int64_t end, int64_t column) {
             constexpr int N = decltype(vectors)::value;
@@ -204,17 +212,14 @@ void norm_backward(const T* grad_y, const T* grad_past, const T* x, T* grad_x, c
                     sum[v] += grad;
                     products[v] += grad * (value - middle[v]);
                 }
-            sum.add_to(sums + column);
-            products.add_to(others + column);
+            sum.add_to(sum_of + column);
+            products.add_to(product_of + column);
         });
     }
-    std::vector<double> sums(channels), products(channels);
     for (int64_t c = 0; c < channels; c++) {
         sums[c] = shape.narrow(partial.sums, c);
-        products[c] = shape.narrow(partial.others, c);
+        sums[channels + c] = shape.narrow(partial.others, c);
     }
-    norm_input_gradient<RELU>(
-        grad_y, grad_past, x, grad_x, saved, sums, products, grad_weight, grad_bias, rows, channels, threads);
 }
 
 }  // namespace

@@ -208,17 +208,17 @@ inline const uint32_t* words_of_rows(
     return buffer.data();
 }
 
-// The gradients of all that pointwise_forward takes but `other`, whose gradient is `grad_y` itself.
+// The gradients of `weight` and of the normalised map, with each channel's sum of the latter, then of its product with
+// `x - mean`: the first pass backward of the normalisation. The gradient of `other` is `grad_y` itself.
 template <class T>
-void pointwise_backward(const T* grad_y, const T* grad_past, const T* x, T* grad_x, const float* saved,
-                        const float* weight, float* grad_weight, float* grad_norm_weight, float* grad_norm_bias,
-                        int64_t rows, int64_t K, int64_t N, int threads) {
+void pointwise_backward(const T* grad_y, const T* x, T* grad_norm, const float* saved, const float* weight,
+                        float* grad_weight, double* norm_sums, int64_t rows, int64_t K, int64_t N, int threads) {
     typedef Factor<T> F;
     typedef typename F::Word Word;
     const float *mean = saved, *scale = saved + 2 * K, *shift = saved + 3 * K;
     const std::vector<Word> packed = backward_words<T>(weight, 1, K, N, threads);
     const int64_t part = part_rows(K, N);
-    std::vector<double> sums(threads * K), products(threads * K);
+    std::vector<double> sums(threads * 2 * K);
     std::vector<float> grad_weights(threads * N * K);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
@@ -238,24 +238,23 @@ void pointwise_backward(const T* grad_y, const T* grad_past, const T* x, T* grad
                     for (int64_t i = 0, r = step * F::STEP; i < F::STEP && r < count; i++, r++) {
                         Floats value = load(x + (row + r) * K + k), input = value * a + b;
                         Floats passing = passed<true>(load(&grads[r * K + k]), input);
-                        store(grad_x + (row + r) * K + k, passing);
+                        store(grad_norm + (row + r) * K + k, passing);
                         active[i] = activated<true>(input);
                         sum += passing;
                         product += passing * (value - middle);
                     }
                     F::store_rows(&activations[step * K + k], active);
                 }
-                add(&sums[thread * K + k], sum);
-                add(&products[thread * K + k], product);
+                add(&sums[thread * 2 * K + k], sum);
+                add(&sums[(thread * 2 + 1) * K + k], product);
             }
             multiply<T, true>({words_of_rows(grad, count, N, grad_words), 1, N, N, activations.data(), K, steps},
                               &grad_weights[thread * N * K]);
         }
     }
-    add_threads(sums, threads), add_threads(products, threads), add_threads(grad_weights, threads);
+    add_threads(sums, threads), add_threads(grad_weights, threads);
+    std::copy(sums.begin(), sums.end(), norm_sums);
     std::copy(grad_weights.begin(), grad_weights.end(), grad_weight);
-    norm_input_gradient<false>(
-        grad_x, grad_past, x, grad_x, saved, sums, products, grad_norm_weight, grad_norm_bias, rows, K, threads);
 }
 
 }  // namespace

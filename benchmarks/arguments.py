@@ -1,0 +1,23 @@
+"""What the command lines of the scripts have in common."""
+import argparse
+
+from errors import RunError
+from timm import is_model
+
+
+def positive(text: str) -> int:
+    """Parse a count of at least 1."""
+    try:
+        count = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}") from None
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
+    return count
+
+
+def check_models(names: list[str], flag: str = "--models") -> None:
+    """Raise a :class:`RunError` that names the first of ``names`` that timm does not know."""
+    for name in names:
+        if not is_model(name):
+            raise RunError(f"{flag} {name} is no timm model; see timm.list_models('ran_*') and timm.list_models()")

@@ -1,0 +1,69 @@
+"""The network of a run: made for its data set, and begun with the weights of another run."""
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import Dataset
+from errors import RunError, first_line
+from evaluate import count_macs
+from recipes import Recipe
+from timm import create_model
+
+import ran_layers  # noqa: F401  (registers the networks with timm)
+
+
+def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> tuple[Any, int]:
+    """Create the network for the data set, with the configuration that is saved beside its weights.
+
+    Returns:
+        The network, and its multiply-accumulate operations for one image.
+
+    Raises:
+        RunError: There is no such network, or it does not take the images.
+    """
+    kwargs = {}
+    for item in args.model_kwargs:
+        key, _, value = item.partition("=")
+        try:
+            kwargs[key] = json.loads(value)
+        except ValueError:
+            raise RunError(f"--model-kwargs must be KEY=VALUE with VALUE as JSON, got {item}") from None
+    if recipe.drop_path:
+        kwargs["drop_path_rate"] = recipe.drop_path
+    mean, std = (data.mean, data.std) if recipe.standardize else ((0.0,) * 3, (1.0,) * 3)
+    overlay = dict(
+        tag=data.name, num_classes=len(data.class_names), input_size=(3, *data.train_images.shape[1:3]), mean=mean,
+        std=std, crop_pct=1.0, label_names=data.class_names)
+    try:
+        model = create_model(
+            args.model, num_classes=len(data.class_names), pretrained_cfg_overlay=overlay, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"--model {args.model} with {kwargs}: {error}") from error
+    model.model_kwargs = kwargs
+    try:
+        return model, count_macs(model)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        shape = " x ".join(str(side) for side in overlay["input_size"])
+        raise RunError(f"--model {args.model} does not take images of {shape} ({first_line(error)})") from error
+
+
+def begin_with(model: Any, weights: dict[str, torch.Tensor], origin: Path) -> None:
+    """Load ``weights`` into ``model``, but for a classifier of another number of classes.
+
+    Raises:
+        RunError: They are another network's; the message names ``origin`` and the first tensor that does not fit.
+    """
+    own = model.state_dict()
+    heads = model.pretrained_cfg["classifier"]
+    classifier = {f"{head}.{name}" for head in ([heads] if isinstance(heads, str) else heads)
+                  for name in ("weight", "bias")} & own.keys()
+    if any(name in weights and weights[name].shape != own[name].shape for name in classifier):
+        weights = {**weights, **{name: own[name] for name in classifier}}
+    for name in sorted({*own, *weights}):
+        if name not in own or name not in weights or own[name].shape != weights[name].shape:
+            shapes = (f"of shape {tuple(held[name].shape)}" if name in held else "not there" for held in (weights, own))
+            raise RunError("--initial-checkpoint {}: {} is {}, in the model it is {}; it must be of the same --model "
+                           "and --model-kwargs".format(origin, name, *shapes))
+    model.load_state_dict(weights)
