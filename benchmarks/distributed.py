@@ -53,6 +53,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the processes' tensors, on the CPU, in a row."""
+        tensor = tensor.cpu()
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)] if self.size > 1 else [tensor]
+        if self.size > 1:
+            dist.all_gather(gathered, tensor, group=self.control)
+        return torch.stack(gathered)
+
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return ``tensor`` averaged over the processes."""
         return self.sum(tensor) / self.size

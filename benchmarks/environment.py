@@ -161,7 +161,7 @@ def command_line(
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Return kind, name and number of cores of ``device``."""
+    """Return kind and name of ``device``; of a CPU also its vectors, since its name may tell little."""
     if device.type == "cuda":
         return {"device": "cuda", "name": torch.cuda.get_device_name(device), "torch_cuda": torch.version.cuda}
     name = platform.processor() or platform.machine()
@@ -169,7 +169,13 @@ def hardware(device: torch.device) -> dict[str, Any]:
     if cpuinfo.is_file():
         models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
-    return {"device": device.type, "name": name, "threads": torch.get_num_threads()}
+    return {"device": device.type, "name": name, "vectors": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads()}
+
+
+def machine(facts: dict[str, Any]) -> str:
+    """Return the name of the machine whose facts :func:`hardware` gave."""
+    return facts["name"] + (f" ({facts['vectors']})" if "vectors" in facts else "")
 
 
 def versions() -> dict[str, str]:

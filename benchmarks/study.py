@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from arguments import positive
-from checkpoint import FILE_NAME
+from checkpoint import FILE_NAME, load_state
 from cifar import parse_args
 from display import duration
 from environment import bf16_is_fast, hardware, pick_device
@@ -70,6 +70,11 @@ class Run:
             return "done"
         return "interrupted" if (runs / self.stem / FILE_NAME).is_file() else "missing"
 
+    def progress(self, runs: Path) -> float:
+        """The fraction of its epochs that an interrupted run has behind it."""
+        folder = runs / self.stem
+        return len(load_state(folder)["epochs"]) / self.epochs if (folder / FILE_NAME).is_file() else 0.0
+
 
 def plan(names: Sequence[str], epochs: int | None, seeds: Sequence[int] | None) -> list[Run]:
     """Return the runs of the experiments ``names``, seed by seed, so that comparisons are whole early."""
@@ -87,9 +92,10 @@ def macs_of(model: str, model_kwargs: str) -> int:
 
 
 class Clock:
-    """Estimates how long a run takes on this machine, from what finished here, by MACs."""
+    """Estimates how long a run has to go on this machine, from what finished here, by MACs."""
 
-    def __init__(self, results: Path, device: torch.device) -> None:
+    def __init__(self, results: Path, runs: Path, device: torch.device) -> None:
+        self.runs = runs
         self.name = hardware(device)["name"]
         self.precision = "bf16" if bf16_is_fast(device) else "fp32"
         self.speeds: dict[tuple[str, str], float] = {}  # MACs/s by model and recipe
@@ -109,7 +115,7 @@ class Clock:
         macs = macs_of(experiment.model, json.dumps(dict(experiment.model_kwargs), sort_keys=True))
         known = self.speeds.get((experiment.model, experiment.recipe))
         speed = known or sum(self.speeds.values()) / len(self.speeds)
-        return run.epochs * rows * macs / speed
+        return run.epochs * (1 - run.progress(self.runs)) * rows * macs / speed
 
 
 def choose(runs: list[Run], clock: Clock, seconds: float | None) -> tuple[list[Run], list[Run]]:
@@ -208,7 +214,7 @@ def list_experiments(args: argparse.Namespace) -> None:
 def run_all(names: Sequence[str], args: argparse.Namespace) -> None:
     """Run what is missing of the experiments ``names``, as far as the budget goes, and rewrite the tables."""
     runs = [run for run in plan(names, args.epochs, args.seeds) if run.state(args.results, args.runs) != "done"]
-    clock = Clock(args.results, pick_device(args.device))
+    clock = Clock(args.results, args.runs, pick_device(args.device))
     seconds = None if args.budget is None else 60 * args.budget
     deadline = None if seconds is None else time.monotonic() + seconds
     chosen, left = choose(runs, clock, seconds)

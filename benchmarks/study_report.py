@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from checkpoint import write_atomic
 from cifar import parse_args
+from environment import machine
 from errors import RunError
 from experiments import EXPERIMENTS, TABLES, Row, Table
 from recipes import make_recipe
@@ -113,7 +114,7 @@ def cells_of(row: Row, finished: dict[str, list[Finished]]) -> Iterator[tuple[st
         short = f"**short**: {group.epochs} of {full}" if group.epochs < full else str(group.epochs)
         ours = f"{group.mean:.2f}"
         ours += f" ± {group.deviation:.2f} ({len(group.errors)} seeds)" if group.deviation is not None else " (1 seed)"
-        names = sorted({f"{result['hardware']['name']}, {result['settings']['precision']}"
+        names = sorted({f"{machine(result['hardware'])}, {result['settings']['precision']}"
                         for result in group.results.values()})
         network = next(iter(group.results.values()))
         yield (row.label, published, ours, compare(row, group, finished), f"{network['params'] / 1e6:.2f}",

@@ -77,7 +77,11 @@ class Trainer:
         tensors.update(prefixed("optimizer", optimizer_tensors(self.optimizer)))
         if self.ema is not None:
             tensors.update(prefixed("ema", self.ema.state_dict()))
-        tensors.update(torch_rng=torch.get_rng_state(), generator=self.generator.get_state(), sums=self.sums)
+        tensors.update(generator=self.generator.get_state(), sums=self.sums)
+        # Dropout and stochastic depth draw from torch's own generators, each process from its.
+        tensors.update(torch_rng=self.world.gather(torch.get_rng_state()))
+        if self.device.type == "cuda":
+            tensors.update(cuda_rng=self.world.gather(torch.cuda.get_rng_state(self.device)))
         return tensors, dict(
             step=self.step, epochs=self.epochs, seconds=self.seconds, epoch_seconds=self.epoch_seconds)
 
@@ -94,8 +98,11 @@ class Trainer:
             self.generator.set_state(tensors["generator"])
             self.sums = tensors["sums"].to(self.device)
             self.epoch_seconds = state["epoch_seconds"]
-        if self.world.main:
-            torch.set_rng_state(tensors["torch_rng"])
+        states = tensors["torch_rng"].view(-1, len(torch.get_rng_state()))
+        if self.world.rank < len(states):  # a process that was not there goes on with the seed that it was given
+            torch.set_rng_state(states[self.world.rank].clone())  # in a file it may lie where torch crashes: unaligned
+            if self.device.type == "cuda" and "cuda_rng" in tensors:
+                torch.cuda.set_rng_state(tensors["cuda_rng"][self.world.rank].clone(), self.device)
 
     def compile(self) -> float:
         """Compile the step for every resolution of the recipe, and return the seconds that took; 0 where it is off."""

@@ -24,6 +24,7 @@ WEIGHTS = REPOSITORY / "ran_layers" / "weights"
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+from environment import machine  # noqa: E402
 from evaluate import count_macs  # noqa: E402
 from recipes import RECIPES  # noqa: E402
 
@@ -82,7 +83,7 @@ def shipped_weights() -> str:
         f"{result['params']:,}",
         f"{result['macs'] / 1e6:.1f} M",
         f"`{result['recipe']}`, {' + '.join(str(run['epochs']) for run in _runs(result))} epochs",
-        f"{result['hardware']['name']}, {result['settings']['precision']}, "
+        f"{machine(result['hardware'])}, {result['settings']['precision']}, "
         f"{sum(run['seconds'] for run in _runs(result)) / 3600:.1f} h",
         _images_per_s(throughput, result["model"], result["settings"]["batch_size"]),
         next((f"{row['mean']:.2f} %" for row in (robustness or {}).get("results", ()) if row["model"] == name), "-"),
@@ -95,7 +96,7 @@ def shipped_weights() -> str:
     text += f"\n\nWith the outputs averaged over each image and its mirror image: {mirrored}."
     if throughput:
         text += ("\n\nImages/s: forward and training, in batches of the recipe's size, "
-                 f"`{throughput['command']}` on {throughput['hardware']['name']}.")
+                 f"`{throughput['command']}` on {machine(throughput['hardware'])}.")
     return f"{text}\n\nTrained by\n\n```text\n{commands}\n```\n\n{_corruptions(robustness)}"
 
 
@@ -189,7 +190,7 @@ def from_results(show: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
 @from_results
 def survive(result: dict[str, Any]) -> str:
     """What killing a training led to, from `benchmarks/survive.py`."""
-    return (f"Measured by `{result['command']}` on {result['hardware']['name']}: after {result['kills']} kills the "
+    return (f"Measured by `{result['command']}` on {machine(result['hardware'])}: after {result['kills']} kills the "
             f"same weights as without any, for a training of {result['undisturbed_seconds']:.0f} seconds.")
 
 
@@ -205,7 +206,7 @@ def scaling(result: dict[str, Any]) -> str:
     ) for row in result["rows"]]
     return (table(("processes", "threads of each", "batch normalisation", "fused kernels", "images/s",
                    "lowest to highest", "factor"), "rrllrrr", rows)
-            + f"\n\n`{result['command']}` on {result['hardware']['name']}, {result['precision']}: training of "
+            + f"\n\n`{result['command']}` on {machine(result['hardware'])}, {result['precision']}: training of "
               f"`{result['model']}` at 32 px, recipe `{result['recipe']}`, global batch {result['batch_size']}; "
               f"medians of {len(result['rows'][0]['runs'])} runs.")
 
@@ -233,7 +234,7 @@ def _speeds(result: dict[str, Any]) -> str:
     ceilings = result["ceilings"]
     head = ("network, form", "batch", "forward, images/s", "training, images/s", "of the ceiling", "memory of a step")
     return (table(head, "lrrrrr", rows)
-            + f"\n\n`{result['command']}` on {result['hardware']['name']}, "
+            + f"\n\n`{result['command']}` on {machine(result['hardware'])}, "
               f"{result['precision']}: matrix product {ceilings['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, "
               f"copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s. Medians, lowest to highest.")
 
@@ -246,7 +247,7 @@ def fuse(result: dict[str, Any]) -> str:
         f"{row['milliseconds'][form]:.1f} ms" + (f", {row['speedup'][form]:.2f}x" if form != forms[0] else "")
         for form in forms)) for row in result["results"]]
     return (table(("network", "batch", *forms), "lr" + "r" * len(forms), rows)
-            + f"\n\n`{result['command']}` on {result['hardware']['name']}, {result['precision']}, "
+            + f"\n\n`{result['command']}` on {machine(result['hardware'])}, {result['precision']}, "
               f"{result['hardware']['threads']} threads: medians of {result['results'][0]['rounds']} rounds.")
 
 

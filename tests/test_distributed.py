@@ -155,6 +155,36 @@ def test_without_sync_bn_each_process_normalises_its_slice(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["settings"]["bn_batch"] == 16
 
 
+STOPPED = """
+import os, signal, sys
+import cifar
+step = cifar.Trainer.train_step
+
+def stopping(trainer):
+    step(trainer)
+    if trainer.step == 3 and "--resume" not in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+cifar.Trainer.train_step = stopping
+cifar.main()
+"""
+
+
+def test_resumed_runs_draw_the_dropout_that_an_undisturbed_one_does(tmp_path):
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    args = [*SMALL, "--recipe", "quick", "--epochs", "3", "--model-kwargs", "drop_rate=0.5"]
+    for launched in ([BENCHMARKS / "cifar.py", *args, "--out", tmp_path / "whole"],
+                     [script, *args, "--out", tmp_path / "parts"],
+                     [script, "--resume", "--out", tmp_path / "parts"]):
+        done = torchrun(*launched)
+        stopped = launched[0] == script and "--resume" not in launched
+        assert (done.returncode != 0) == stopped, done.stderr[-3000:]
+        assert ("stopped at step 3" in done.stdout) == stopped
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
 def test_batch_that_cannot_be_shared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cifar, "join_world", lambda device: (World(0, 2), torch.device("cpu")))
     with pytest.raises(SystemExit):

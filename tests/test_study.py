@@ -14,7 +14,8 @@ import scaling  # noqa: E402
 import study  # noqa: E402
 import study_report  # noqa: E402
 import throughput  # noqa: E402
-from environment import bf16_is_fast  # noqa: E402
+from checkpoint import save_checkpoint  # noqa: E402
+from environment import bf16_is_fast, machine  # noqa: E402
 from experiments import EXPERIMENTS, TABLES, Experiment, Row, Table, cite  # noqa: E402
 from recipes import make_recipe  # noqa: E402
 from study_report import BEGIN, END, load_results, write_report  # noqa: E402
@@ -115,7 +116,7 @@ def test_tables_show_means_spreads_and_short_runs(tiny, tmp_path):
     save(tmp_path / "results", "tiny-b", 3, 45.0)
     study.main(["--report", *tiny])
     page = (tmp_path / "docs" / "results.md").read_text()
-    hardware = f"{result(0)['hardware']['name']}, {result(0)['settings']['precision']}"
+    hardware = f"{machine(result(0)['hardware'])}, {result(0)['settings']['precision']}"
     assert f"| A | 22.08 (report) | 40.00 (1 seed) |  | 2.00 | 1.0 | **short**: 3 of 8 | {hardware} |" in page
     assert f"| A | 22.08 (report) | 21.00 ± 1.41 (2 seeds) |  | 2.00 | 1.0 | 8 | {hardware} |" in page
     assert "| 45.00 (1 seed) | +5.00, spread unknown |" in page
@@ -139,7 +140,7 @@ def test_committed_page_is_what_the_committed_results_say(tmp_path):
 
 def test_budget_picks_what_fits(tiny, tmp_path):
     save(tmp_path / "results", "tiny-a", 10, 20.0)
-    clock = study.Clock(tmp_path / "results", torch.device("cpu"))
+    clock = study.Clock(tmp_path / "results", tmp_path / "runs", torch.device("cpu"))
     runs = study.plan(["tiny-a", "tiny-b"], 4, None)
     assert [(run.name, run.seed) for run in runs] == [("tiny-a", 0), ("tiny-b", 0), ("tiny-a", 1), ("tiny-b", 1)]
     seconds = clock.seconds(runs[0])
@@ -148,6 +149,11 @@ def test_budget_picks_what_fits(tiny, tmp_path):
     chosen, left = study.choose(runs, clock, 2.5 * seconds)
     assert (chosen, left) == (runs[:2], runs[2:])
     assert study.choose(runs, clock, None) == (runs, [])
+    # Of one that was interrupted after three of its four epochs, a quarter is left.
+    (tmp_path / "runs" / runs[2].stem).mkdir(parents=True)
+    save_checkpoint(tmp_path / "runs" / runs[2].stem, {}, {"epochs": [{}] * 3})
+    assert clock.seconds(runs[2]) == pytest.approx(seconds / 4)
+    assert study.choose(runs, clock, 2.5 * seconds) == (runs[:3], runs[3:])
 
 
 def test_runs_what_is_missing_stops_in_time_and_goes_on(tiny, tmp_path, capfd):

@@ -67,20 +67,19 @@ void conv3x3_forward(const T* x, T* y, const float* saved, const float* weight, 
         const int64_t last = conv.batch * (thread + 1) / threads;
         for (int64_t image = conv.batch * thread / threads; image < last; image += part) {
             const int64_t count = std::min(part, last - image);
-            for (int64_t k = 0; k < K; k += LANES) {
-                const Floats a = load(scale + k), b = load(shift + k);
-                for (int64_t i = 0; i < count; i++)
-                    for (int64_t position = 0; position < positions; position++)
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t position = 0; position < positions; position++)
+                    for (int64_t k = 0; k < K; k += LANES)
                         store(&activations[(position * part + i) * K + k],
-                              activated<true>(load(x + ((image + i) * positions + position) * K + k) * a + b));
-            }
+                              activated<true>(load(x + ((image + i) * positions + position) * K + k) * load(scale + k) +
+                                              load(shift + k)));
             for (int64_t position = 0; position < conv.positions_out(); position++) {
                 std::fill(sums.begin(), sums.end(), 0.f);
                 for (int tap = 0; tap < TAPS; tap++) {
                     const int64_t at = seen[position * TAPS + tap];
                     if (at < 0) continue;
                     multiply<T, true>({reinterpret_cast<const Word*>(&activations[at * part * K]), words, 1, count,
-                                       &packed[tap * words * N], N, words}, sums.data());
+                                       &packed[tap * words * N], words, N, words}, sums.data());
                 }
                 for (int64_t i = 0; i < count; i++)
                     for (int64_t n = 0; n < N; n += LANES)
@@ -90,18 +89,18 @@ void conv3x3_forward(const T* x, T* y, const float* saved, const float* weight, 
     }
 }
 
-// Lays `count` maps of T out by position, and at each as a sum over images takes them.
-template <class T, class Make>
+// Lays `count` maps of T out by position, and at each as a sum over images takes them; `place` says where.
+template <class T, class Place, class Make>
 void words_of_images(const T* maps, int64_t count, int64_t part, int64_t positions, int64_t channels,
-                     typename Factor<T>::Word* words, const Make& make) {
+                     typename Factor<T>::Word* words, const Place& place, const Make& make) {
     constexpr int STEP = Factor<T>::STEP;
-    for (int64_t c = 0; c < channels; c += LANES)
-        for (int64_t i = 0; i < count; i += STEP)
-            for (int64_t position = 0; position < positions; position++) {
+    for (int64_t i = 0; i < count; i += STEP)
+        for (int64_t position = 0; position < positions; position++)
+            for (int64_t c = 0; c < channels; c += LANES) {
                 Floats values[STEP]{};
                 for (int64_t s = 0; s < STEP && i + s < count; s++)
                     values[s] = make(load(maps + ((i + s) * positions + position) * channels + c), c);
-                Factor<T>::store_rows(&words[(position * part + i) / STEP * channels + c], values);
+                Factor<T>::store_rows(&words[position * part / STEP * channels + place(i / STEP, c)], values);
             }
 }
 
@@ -127,17 +126,19 @@ void conv3x3_backward(const T* grad_y, const T* x, T* grad_norm, const float* sa
         for (int64_t image = conv.batch * thread / threads; image < last; image += part) {
             const int64_t count = std::min(part, last - image), steps = (count + F::STEP - 1) / F::STEP;
             const T *maps = x + image * positions * K, *above = grad_y + image * positions_out * N;
-            words_of_images(maps, count, part, positions, K, activations.data(), [=](Floats value, int64_t k) {
+            words_of_images(maps, count, part, positions, K, activations.data(), Panels(K, part / F::STEP),
+                            [=](Floats value, int64_t k) {
                 return activated<true>(value * load(scale + k) + load(shift + k));
             });
             words_of_images(above, count, part, positions_out, N, grads.data(),
+                            [=](int64_t row, int64_t n) { return row * N + n; },
                             [](Floats value, int64_t) { return value; });
             for (int tap = 0; tap < TAPS; tap++)
                 for (int64_t position = 0; position < positions_out; position++) {
                     const int64_t at = seen[position * TAPS + tap];
                     if (at < 0) continue;
                     multiply<T, true>({&grads[position * part / F::STEP * N], 1, N, N,
-                                       &activations[at * part / F::STEP * K], K, steps},
+                                       &activations[at * part / F::STEP * K], part / F::STEP, K, steps},
                                       &grad_weights[(thread * TAPS + tap) * N * K]);
                 }
             for (int64_t position = 0; position < positions; position++) {
@@ -146,20 +147,22 @@ void conv3x3_backward(const T* grad_y, const T* x, T* grad_norm, const float* sa
                     const int64_t from = seen_from[position * TAPS + tap];
                     if (from < 0) continue;
                     multiply<T, true>({reinterpret_cast<const Word*>(above + from * N), positions_out * words, 1,
-                                       count, &packed[tap * words * K], K, words}, input_grads.data());
+                                       count, &packed[tap * words * K], words, K, words}, input_grads.data());
                 }
-                for (int64_t k = 0; k < K; k += LANES) {
-                    const Floats a = load(scale + k), b = load(shift + k), middle = load(mean + k);
-                    Floats sum{}, product{};
-                    for (int64_t i = 0; i < count; i++) {
-                        Floats value = load(maps + (i * positions + position) * K + k);
-                        Floats passing = passed<true>(load(&input_grads[i * K + k]), value * a + b);
-                        store(grad_norm + ((image + i) * positions + position) * K + k, passing);
-                        sum += passing;
-                        product += passing * (value - middle);
-                    }
-                    add(&sums[thread * 2 * K + k], sum);
-                    add(&sums[(thread * 2 + 1) * K + k], product);
+                for (int64_t k = 0; k < K; k += LINE) {
+                    const Line a(scale + k), b(shift + k), middle(mean + k);
+                    Line sum, product;
+                    for (int64_t i = 0; i < count; i++)
+                        for (int v = 0; v < VECTORS_OF_LINE; v++) {
+                            const int64_t column = k + v * LANES;
+                            Floats value = load(maps + (i * positions + position) * K + column);
+                            Floats passing = passed<true>(load(&input_grads[i * K + column]), value * a[v] + b[v]);
+                            store(grad_norm + ((image + i) * positions + position) * K + column, passing);
+                            sum[v] += passing;
+                            product[v] += passing * (value - middle[v]);
+                        }
+                    sum.add_to(&sums[thread * 2 * K + k]);
+                    product.add_to(&sums[(thread * 2 + 1) * K + k]);
                 }
             }
         }

@@ -54,8 +54,10 @@ template <int N>
 struct Columns {
     Floats values[N];
 
-    explicit Columns(const std::vector<float>& from, int64_t column) {
-        for (int v = 0; v < N; v++) values[v] = load(&from[column + v * LANES]);
+    explicit Columns(const std::vector<float>& from, int64_t column) : Columns(&from[column]) {}
+
+    explicit Columns(const float* from) {
+        for (int v = 0; v < N; v++) values[v] = load(from + v * LANES);
     }
 
     Columns() {
@@ -66,9 +68,17 @@ struct Columns {
         for (int v = 0; v < N; v++) add(sums + v * LANES, values[v]);
     }
 
+    void store_to(float* to) const {
+        for (int v = 0; v < N; v++) store(to + v * LANES, values[v]);
+    }
+
     Floats operator[](int v) const { return values[v]; }
     Floats& operator[](int v) { return values[v]; }
 };
+
+// What a line of the cache holds of a row of floats; rows are multiples of it.
+constexpr int LINE = 16, VECTORS_OF_LINE = LINE / LANES;
+typedef Columns<VECTORS_OF_LINE> Line;
 
 // One double a column from each thread, added up in the order of the threads.
 struct Partial {

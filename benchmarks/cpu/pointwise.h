@@ -64,14 +64,31 @@ struct Factor<BFloat16> {
     }
 };
 
+// The second factor of a product lies in panels of some columns, each with all its rows one after the other: rows as
+// long as the matrix would be a power of two apart, and of such the cache holds few.
+struct Panels {
+    int bits = __builtin_ctz(REGISTERS / 8 * LANES);  // the columns of a panel are a power of two
+    int64_t rows;                                     // for which there is room
+
+    Panels(int64_t columns, int64_t rows) : rows(rows) {
+        while (columns % width()) bits--;
+    }
+
+    int64_t width() const { return int64_t(1) << bits; }
+
+    int64_t operator()(int64_t row, int64_t column) const {
+        return (((column >> bits) * rows + row) << bits) + (column & (width() - 1));
+    }
+};
+
 // The factors of a product of matrices: `rows` by `steps` words at `a`, of which the next in a row is `a_step` on and
-// that of the next row `a_row`; and `steps` rows of `columns` words at `b`.
+// that of the next row `a_row`; and at `b`, in panels with room for `b_rows`, `steps` rows of `columns` words.
 template <class Word>
 struct Product {
     const Word* a;
     int64_t a_row, a_step, rows;
     const Word* b;
-    int64_t columns, steps;
+    int64_t b_rows, columns, steps;
 };
 
 template <class T, bool ADD, int ROWS, int VECTORS>
@@ -80,8 +97,8 @@ inline void tile(const Product<typename Factor<T>::Word>& p, int64_t row, int64_
     out += row * p.columns + column;
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) sums[r][v] = ADD ? load(out + r * p.columns + v * LANES) : Floats{};
-    const auto *a = p.a + row * p.a_row, *b = p.b + column;
-    for (int64_t step = 0; step < p.steps; step++, a += p.a_step, b += p.columns) {
+    const auto *a = p.a + row * p.a_row, *b = p.b + column * p.b_rows;
+    for (int64_t step = 0; step < p.steps; step++, a += p.a_step, b += VECTORS * LANES) {
         typename Factor<T>::Vector vectors[VECTORS];
         for (int v = 0; v < VECTORS; v++) {
             vectors[v] = Factor<T>::words(b + v * LANES);
@@ -100,22 +117,33 @@ inline void tile(const Product<typename Factor<T>::Word>& p, int64_t row, int64_
 // Sums enough at a time that they need not wait for each other, and no more than there are registers, of which the
 // second factor and what it is multiplied by take some. More than eight rows take more addresses than there are.
 template <class T, bool ADD, int VECTORS>
-void columns_of_product(const Product<typename Factor<T>::Word>& p, int64_t column, float* out) {
+void multiply_panels(const Product<typename Factor<T>::Word>& p, float* out) {
     constexpr int ROWS = std::min(8, REGISTERS / 2 / VECTORS);
-    int64_t row = 0;
-    for (; row + ROWS <= p.rows; row += ROWS) tile<T, ADD, ROWS, VECTORS>(p, row, column, out);
-    for (; row < p.rows; row++) tile<T, ADD, 1, VECTORS>(p, row, column, out);
+    for (int64_t column = 0; column < p.columns; column += VECTORS * LANES) {
+        int64_t row = 0;
+        for (; row + ROWS <= p.rows; row += ROWS) tile<T, ADD, ROWS, VECTORS>(p, row, column, out);
+        for (; row < p.rows; row++) tile<T, ADD, 1, VECTORS>(p, row, column, out);
+    }
 }
 
 // out = a b, or out += a b
 template <class T, bool ADD>
 void multiply(const Product<typename Factor<T>::Word>& p, float* out) {
     constexpr int VECTORS = REGISTERS / 8;
-    int64_t column = 0;
-    for (; column + VECTORS * LANES <= p.columns; column += VECTORS * LANES)
-        columns_of_product<T, ADD, VECTORS>(p, column, out);
-    for (; column + 2 * LANES <= p.columns; column += 2 * LANES) columns_of_product<T, ADD, 2>(p, column, out);
-    for (; column < p.columns; column += LANES) columns_of_product<T, ADD, 1>(p, column, out);
+    switch (Panels(p.columns, p.b_rows).width() / LANES) {
+        case VECTORS: return multiply_panels<T, ADD, VECTORS>(p, out);
+        case VECTORS / 2: return multiply_panels<T, ADD, VECTORS / 2>(p, out);
+        default: return multiply_panels<T, ADD, 1>(p, out);
+    }
+}
+
+// Calls `body(first row, last row, column)` for some rows of a line each, so that what belongs to the columns stays in
+// registers, while the whole map is met about in its order.
+template <class Body>
+void each_line(int64_t rows, int64_t columns, const Body& body) {
+    constexpr int64_t ROWS = 16;
+    for (int64_t row = 0; row < rows; row += ROWS)
+        for (int64_t column = 0; column < columns; column += LINE) body(row, std::min(row + ROWS, rows), column);
 }
 
 // Rows of a part of the maps, of which the cache holds all that is made of them.
@@ -128,12 +156,13 @@ template <class T>
 std::vector<typename Factor<T>::Word> forward_words(
         const float* weight, int64_t taps, int64_t K, int64_t N, int threads) {
     constexpr int STEP = Factor<T>::STEP;
+    const Panels place(N, K / STEP);
     std::vector<typename Factor<T>::Word> words(taps * K / STEP * N);
 #pragma omp parallel for num_threads(threads) if (taps > 1)
     for (int64_t tap = 0; tap < taps; tap++)
         for (int64_t n = 0; n < N; n++)
             for (int64_t k = 0; k < K; k += STEP)
-                words[(tap * K + k) / STEP * N + n] = Factor<T>::pack(weight + (n * taps + tap) * K + k);
+                words[tap * K / STEP * N + place(k / STEP, n)] = Factor<T>::pack(weight + (n * taps + tap) * K + k);
     return words;
 }
 
@@ -142,6 +171,7 @@ template <class T>
 std::vector<typename Factor<T>::Word> backward_words(
         const float* weight, int64_t taps, int64_t K, int64_t N, int threads) {
     constexpr int STEP = Factor<T>::STEP;
+    const Panels place(K, N / STEP);
     std::vector<typename Factor<T>::Word> words(taps * N / STEP * K);
 #pragma omp parallel for num_threads(threads) if (taps > 1)
     for (int64_t tap = 0; tap < taps; tap++)
@@ -149,7 +179,7 @@ std::vector<typename Factor<T>::Word> backward_words(
             for (int64_t k = 0; k < K; k += LANES) {
                 const Floats rows[2] = {load(weight + (n * taps + tap) * K + k),
                                         load(weight + ((n + STEP - 1) * taps + tap) * K + k)};
-                Factor<T>::store_rows(&words[(tap * N + n) / STEP * K + k], rows);
+                Factor<T>::store_rows(&words[tap * N / STEP * K + place(n / STEP, k)], rows);
             }
     return words;
 }
@@ -179,13 +209,15 @@ void pointwise_forward(const T* x, const T* other, T* y, const float* saved, con
         const int64_t last = rows * (thread + 1) / threads;
         for (int64_t row = rows * thread / threads; row < last; row += part) {
             const int64_t count = std::min(part, last - row);
-            for (int64_t k = 0; k < K; k += LANES) {
-                const Floats a = load(scale + k), b = load(shift + k);
-                for (int64_t r = 0; r < count; r++)
-                    store(&activations[r * K + k], activated<true>(load(x + (row + r) * K + k) * a + b));
-            }
+            each_line(count, K, [&](int64_t first, int64_t end, int64_t k) {
+                const Line a(scale + k), b(shift + k);
+                for (int64_t i = first * K + k; i < end * K; i += K)
+                    for (int v = 0; v < VECTORS_OF_LINE; v++)
+                        store(&activations[i + v * LANES],
+                              activated<true>(load(x + row * K + i + v * LANES) * a[v] + b[v]));
+            });
             multiply<T, false>({reinterpret_cast<const Word*>(activations.data()), K / F::STEP, 1, count,
-                                packed.data(), N, K / F::STEP}, sums.data());
+                                packed.data(), K / F::STEP, N, K / F::STEP}, sums.data());
             for (int64_t i = 0; i < count * N; i += LANES) {
                 Floats sum = load(&sums[i]);
                 store(y + row * N + i, other ? sum + load(other + row * N + i) : sum);
@@ -218,37 +250,43 @@ void pointwise_backward(const T* grad_y, const T* x, T* grad_norm, const float* 
     const float *mean = saved, *scale = saved + 2 * K, *shift = saved + 3 * K;
     const std::vector<Word> packed = backward_words<T>(weight, 1, K, N, threads);
     const int64_t part = part_rows(K, N);
+    const Panels place(K, part / F::STEP);
     std::vector<double> sums(threads * 2 * K);
     std::vector<float> grad_weights(threads * N * K);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
-        std::vector<float> grads(part * K);
+        std::vector<float> grads(part * K), part_sums(2 * K);
         std::vector<Word> activations(part * K), grad_words(part * N);
         const int64_t last = rows * (thread + 1) / threads;
         for (int64_t row = rows * thread / threads; row < last; row += part) {
             const int64_t count = std::min(part, last - row), steps = (count + F::STEP - 1) / F::STEP;
             const T* grad = grad_y + row * N;
-            multiply<T, false>({reinterpret_cast<const Word*>(grad), N / F::STEP, 1, count, packed.data(), K,
-                                N / F::STEP}, grads.data());
-            for (int64_t k = 0; k < K; k += LANES) {
-                const Floats a = load(scale + k), b = load(shift + k), middle = load(mean + k);
-                Floats sum{}, product{};
-                for (int64_t step = 0; step < steps; step++) {
-                    Floats active[F::STEP]{};
-                    for (int64_t i = 0, r = step * F::STEP; i < F::STEP && r < count; i++, r++) {
-                        Floats value = load(x + (row + r) * K + k), input = value * a + b;
-                        Floats passing = passed<true>(load(&grads[r * K + k]), input);
-                        store(grad_norm + (row + r) * K + k, passing);
-                        active[i] = activated<true>(input);
-                        sum += passing;
-                        product += passing * (value - middle);
+            multiply<T, false>({reinterpret_cast<const Word*>(grad), N / F::STEP, 1, count, packed.data(),
+                                N / F::STEP, K, N / F::STEP}, grads.data());
+            std::fill(part_sums.begin(), part_sums.end(), 0.f);
+            each_line(count, K, [&](int64_t first, int64_t end, int64_t k) {
+                const Line a(scale + k), b(shift + k), middle(mean + k);
+                Line sum(&part_sums[k]), product(&part_sums[K + k]);
+                for (int64_t step = first / F::STEP; step * F::STEP < end; step++)
+                    for (int v = 0; v < VECTORS_OF_LINE; v++) {
+                        const int64_t column = k + v * LANES;
+                        Floats active[F::STEP]{};
+                        for (int64_t i = 0, r = step * F::STEP; i < F::STEP && r < end; i++, r++) {
+                            Floats value = load(x + (row + r) * K + column), input = value * a[v] + b[v];
+                            Floats passing = passed<true>(load(&grads[r * K + column]), input);
+                            store(grad_norm + (row + r) * K + column, passing);
+                            active[i] = activated<true>(input);
+                            sum[v] += passing;
+                            product[v] += passing * (value - middle[v]);
+                        }
+                        F::store_rows(&activations[place(step, column)], active);
                     }
-                    F::store_rows(&activations[step * K + k], active);
-                }
-                add(&sums[thread * 2 * K + k], sum);
-                add(&sums[(thread * 2 + 1) * K + k], product);
-            }
-            multiply<T, true>({words_of_rows(grad, count, N, grad_words), 1, N, N, activations.data(), K, steps},
+                sum.store_to(&part_sums[k]);
+                product.store_to(&part_sums[K + k]);
+            });
+            for (int64_t i = 0; i < 2 * K; i += LANES) add(&sums[thread * 2 * K + i], load(&part_sums[i]));
+            multiply<T, true>({words_of_rows(grad, count, N, grad_words), 1, N, N, activations.data(),
+                               part / F::STEP, K, steps},
                               &grad_weights[thread * N * K]);
         }
     }
