@@ -1,5 +1,6 @@
 """What the command lines of the scripts have in common."""
 import argparse
+import math
 
 from errors import RunError
 from timm import is_model
@@ -14,6 +15,17 @@ def positive(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
     return count
+
+
+def positive_seconds(text: str) -> float:
+    """Parse a duration above 0."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return seconds
 
 
 def check_models(names: list[str], flag: str = "--models") -> None:

@@ -11,7 +11,6 @@
 import argparse
 import contextlib
 import json
-import os
 import shlex
 import signal
 import sys
@@ -25,7 +24,7 @@ from checkpoint import FILE_NAME, load_checkpoint, load_state, load_weights, sav
 from cpu_kernels import kernels_pay, why_no_kernels
 from data import DATASETS, Dataset, corrupt_labels, load_dataset
 from display import Display, duration, show_plan
-from distributed import join_world, leave_world
+from distributed import World, join_world, leave_world
 from environment import (
     COMPILE_MODES,
     bf16_is_fast,
@@ -36,7 +35,7 @@ from environment import (
     use_deterministic_kernels,
     versions,
 )
-from errors import RunError
+from errors import RunError, told_in_one_line
 from evaluate import evaluate, export_model, load_exported
 from network import begin_with, build_model
 from recipes import CHOICES, RECIPES, Recipe, make_recipe
@@ -70,8 +69,8 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     parser.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True,
                         help="under torchrun, batch normalisation over the global batch, not each process's slice")
     parser.add_argument("--cpu-kernels", action=argparse.BooleanOptionalAction, default=None,
-                        help="on a CPU, fused kernels for batch normalisation and masks, which a C++ compiler builds "
-                             "(default: where they can be had and do not take twice the time of torch's)")
+                        help="on a CPU, fused kernels for normalisations, convolutions and masks, which a C++ compiler "
+                             "builds (default: where they can be had and do not take twice the time of torch's)")
     parser.add_argument("--holdout", type=int, default=0, metavar="ROWS",
                         help="keep so many training images out and evaluate each epoch on them")
     parser.add_argument("--eval-every", type=int, default=0, metavar="EPOCHS",
@@ -122,25 +121,17 @@ def train(args: argparse.Namespace) -> None:
     out: Path = args.out or Path("runs") / f"{args.model}-{args.dataset}-{recipe_name}-{args.seed}{further}"
     if args.deterministic:
         use_deterministic_kernels()
-    args.precision = args.precision or ("bf16" if bf16_is_fast(device) else "fp32")
-    # oneDNN's own kernels are as fast as compiled ones on a CPU.
-    args.compile = args.compile or ("default" if device.type == "cuda" else "off")
+    resumed = load_checkpoint(out) if args.resume else None
     if recipe.batch_size % world.size:
         raise RunError(f"--batch-size {recipe.batch_size} must be a multiple of the {world.size} processes")
+    suit_the_machine(args, world, device, resumed[1]["settings"] if resumed else {})
     sync_bn = world.size > 1 and args.sync_bn
-    if args.cpu_kernels is not False:
-        obstacle = why_no_kernels(device, args.compile)
-        if args.cpu_kernels and obstacle:
-            raise RunError(f"--cpu-kernels are not to be had here: {obstacle}")
-        args.cpu_kernels = obstacle is None and (bool(args.cpu_kernels) or kernels_pay())
-
     # Everything that decides the result; a checkpoint made under other settings is refused.
     settings = dict(
         model=args.model, model_kwargs=args.model_kwargs, dataset=args.dataset, recipe=recipe_name, **asdict(recipe),
         seed=args.seed, precision=args.precision, cpu_kernels=args.cpu_kernels, holdout=args.holdout, limit=args.limit,
         label_noise=args.label_noise, bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
     settings = json.loads(json.dumps(settings))
-    resumed = load_checkpoint(out) if args.resume else None
     # The settings of a resumed run are those of the command that began it, which need not be given again.
     args.command = command_line("cifar.py", args.argv, processes=world.size)
     args.command = resumed[1].get("command", args.command) if resumed else args.command
@@ -219,6 +210,27 @@ def train(args: argparse.Namespace) -> None:
                   + (f"; {args.holdout} training images were held out and watched" if args.holdout else "")
                   + ("; the test set was watched, nothing was picked by it" if args.eval_every else ""),
     ), device, autocast, args.compile)
+
+
+def suit_the_machine(
+        args: argparse.Namespace, world: World, device: torch.device, resumed: dict[str, Any]) -> None:
+    """Decide what the command leaves open: precision, compilation and the kernels of a CPU.
+
+    What is measured for that may come out otherwise another time or in another process, so the settings of a run that
+    is ``resumed`` hold, and all processes do as the most careful of them.
+    """
+    args.precision = args.precision or resumed.get("precision") or (
+        "fp32" if world.any(int(not bf16_is_fast(device))) else "bf16")
+    # oneDNN's own kernels are as fast as compiled ones on a CPU.
+    args.compile = args.compile or ("default" if device.type == "cuda" else "off")
+    if args.cpu_kernels is None:
+        args.cpu_kernels = resumed.get("cpu_kernels")
+    if args.cpu_kernels is not False:
+        obstacle = why_no_kernels(device, args.compile)
+        if args.cpu_kernels and obstacle:
+            raise RunError(f"--cpu-kernels are not to be had here: {obstacle}")
+        if args.cpu_kernels is None:
+            args.cpu_kernels = not world.any(int(obstacle is not None or not kernels_pay()))
 
 
 def saved_arguments(out: Path) -> dict[str, Any]:
@@ -331,26 +343,14 @@ def eval_only(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        if args.resume and args.out:
-            args = parse_args(argv, saved_arguments(args.out))
-        eval_only(args) if args.eval_only else train(args)
-    except BrokenPipeError:  # whoever read the output has seen enough
-        raise
-    except KeyboardInterrupt:  # before the training or after it; in it, the training ends with a checkpoint
-        sys.exit(130)
-    except (RunError, OSError) as error:
-        sys.exit(_fail(str(error)))
-    finally:
-        leave_world()
-
-
-def _fail(message: str) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
-    return 2
+    with told_in_one_line():
+        try:
+            if args.resume and args.out:
+                args = parse_args(argv, saved_arguments(args.out))
+            eval_only(args) if args.eval_only else train(args)
+        finally:
+            leave_world()
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        main()
+    main()

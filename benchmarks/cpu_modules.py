@@ -15,7 +15,7 @@ from ran_layers.layers.mask_branch import MaskActivation, MaskHead
 def use_cpu_kernels(model: nn.Module, synced: bool = False) -> None:
     """Let ``model`` train with the kernels, where :func:`cpu_kernels.why_no_kernels` says nothing.
 
-    Batch normalisation with the ReLU and the 1x1 convolution after it, the sum of a residual unit and the gate of an
+    Batch normalisation with the ReLU and the convolution after it, the sum of a residual unit and the gate of an
     Attention Module change the way they are computed in training. Parameters, statistics and what the model does in
     evaluation stay as they are, and maps that the kernels do not take go torch's way.
 

@@ -1,5 +1,9 @@
-"""The one error that the scripts show without a traceback, and how they quote those of libraries."""
+"""The one error that the scripts show without a traceback, how they quote those of libraries, and how they end."""
+import contextlib
+import os
+import sys
 import textwrap
+from collections.abc import Iterator
 
 
 class RunError(Exception):
@@ -10,3 +14,22 @@ def first_line(error: BaseException) -> str:
     """Return the first line of what a library says, cut between words if it is long, or the error's name."""
     lines = str(error).strip().splitlines()
     return textwrap.shorten(lines[0], 200, placeholder=" ...") if lines else repr(error)
+
+
+@contextlib.contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """End the process, where the block fails as commands do, with one line and no traceback.
+
+    Of processes that train together the first alone speaks.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # whoever read the output has seen enough; nor shall what is left of it fail at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (RunError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -20,7 +20,7 @@ import torch.nn as nn
 from arguments import check_models, positive
 from checkpoint import write_json
 from environment import command_line, hardware, pick_device, versions
-from errors import RunError
+from errors import RunError, told_in_one_line
 
 import ran_layers
 
@@ -89,16 +89,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, help="folder for fuse.json")
     args = parser.parse_args(argv)
-    try:
+    with told_in_one_line():
         device = pick_device(args.device)
         results = measure_all(args, device)
         if args.out:
             command = command_line("fuse.py", sys.argv[1:] if argv is None else argv)
             write_json(args.out / "fuse.json", dict(
                 command=command, precision="fp32", hardware=hardware(device), versions=versions(), results=results))
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def measure_all(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from arguments import positive
 from checkpoint import write_json
 from data import SPECS, read_split
 from environment import command_line, hardware, pick_device, versions
-from errors import RunError
+from errors import RunError, told_in_one_line
 from evaluate import evaluate
 from PIL import Image
 from torchvision.transforms.functional import gaussian_blur
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, help="folder for robustness.json")
     args = parser.parse_args(argv)
-    try:
+    with told_in_one_line():
         device = pick_device(args.device)
         names = args.models or timm.list_pretrained("ran_*")
         results = [measure(name, args.data_dir, args.rows, device) for name in names]
@@ -120,9 +120,6 @@ def main(argv: list[str] | None = None) -> None:
                 command=command_line("robustness.py", sys.argv[1:] if argv is None else argv),
                 hardware=hardware(device), versions=versions(), results=results)
             write_json(args.out / "robustness.json", report)
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

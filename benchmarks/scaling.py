@@ -20,7 +20,7 @@ import torch
 from arguments import positive
 from checkpoint import write_json
 from environment import command_line, hardware, pick_device, versions
-from errors import RunError
+from errors import RunError, told_in_one_line
 
 SCRIPT = Path(__file__).parent / "cifar.py"
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.epochs < 2:
         parser.error(f"--epochs must be at least 2, got {args.epochs}")
-    try:
+    with told_in_one_line():
         device = pick_device(args.device)
         rows = [dict(form, runs=[]) for form in forms(args.processes, device)]
         for _ in range(args.rounds):
@@ -97,9 +97,6 @@ def main(argv: list[str] | None = None) -> None:
                 model=args.model, recipe=args.recipe, batch_size=args.batch_size, precision=settings["precision"],
                 hardware=hardware(device), versions=versions(), rows=rows)
             write_json(args.out / "scaling.json", report)
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

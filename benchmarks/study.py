@@ -10,7 +10,6 @@ Experiments are rows of `experiments.py`. Each run is one call of `cifar.py` in 
 was interrupted, and is never run again once its result lies in benchmarks/results/study.
 """
 import argparse
-import contextlib
 import json
 import shutil
 import signal
@@ -28,8 +27,8 @@ from arguments import positive
 from checkpoint import FILE_NAME, load_state
 from cifar import parse_args
 from display import duration
-from environment import bf16_is_fast, hardware, pick_device
-from errors import RunError
+from environment import bf16_is_fast, hardware, machine, pick_device
+from errors import RunError, told_in_one_line
 from evaluate import count_macs
 from experiments import EXPERIMENTS, TABLES, Experiment
 from study_report import full_epochs, load_results, write_report
@@ -73,7 +72,10 @@ class Run:
     def progress(self, runs: Path) -> float:
         """The fraction of its epochs that an interrupted run has behind it."""
         folder = runs / self.stem
-        return len(load_state(folder)["epochs"]) / self.epochs if (folder / FILE_NAME).is_file() else 0.0
+        try:
+            return len(load_state(folder)["epochs"]) / self.epochs if (folder / FILE_NAME).is_file() else 0.0
+        except RunError:  # which the run itself tells when its turn comes
+            return 0.0
 
 
 def plan(names: Sequence[str], epochs: int | None, seeds: Sequence[int] | None) -> list[Run]:
@@ -96,7 +98,7 @@ class Clock:
 
     def __init__(self, results: Path, runs: Path, device: torch.device) -> None:
         self.runs = runs
-        self.name = hardware(device)["name"]
+        self.name = machine(hardware(device))
         self.precision = "bf16" if bf16_is_fast(device) else "fp32"
         self.speeds: dict[tuple[str, str], float] = {}  # MACs/s by model and recipe
         for file in (*results.glob("*.json"), *(HERE.parent / "ran_layers" / "weights").glob("*.json")):
@@ -104,7 +106,7 @@ class Clock:
 
     def add(self, result: dict[str, Any]) -> None:
         """Learn from a finished run, if it was on such a machine."""
-        if result["hardware"]["name"] == self.name and result["settings"]["precision"] == self.precision:
+        if machine(result["hardware"]) == self.name and result["settings"]["precision"] == self.precision:
             self.speeds[result["model"], result["recipe"]] = result["images_per_s"] * result["macs"]
 
     def seconds(self, run: Run, rows: int = 50_000) -> float | None:
@@ -183,12 +185,16 @@ def check_result(run: Run, file: Path) -> None:
         result = json.loads(file.read_text())
         found = [result["model"], result["dataset"], result["recipe"], result["settings"]["epochs"], result["seed"],
                  result["settings"]["model_kwargs"]]
+        settings = result["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file} is damaged ({error!r}); remove its folder to run {run.title} anew") from error
     asked = parse_args([*run.experiment.arguments(), "--epochs", str(run.epochs), "--seed", str(run.seed)])
     expected = [asked.model, asked.dataset, asked.recipe, run.epochs, run.seed, asked.model_kwargs]
-    if found != expected:
-        raise RunError(f"{file} is of {found}, {run.title} of {expected}; remove its folder to run it anew")
+    others = dict(asked.overrides, label_noise=asked.label_noise, limit=asked.limit, holdout=asked.holdout)
+    differing = [name for name, value in json.loads(json.dumps(others)).items() if settings.get(name) != value]
+    if found != expected or differing:
+        raise RunError(f"{file} is of another run than {run.title}"
+                       f"{' (' + differing[0] + ')' if differing else ''}; remove its folder to run that")
 
 
 def list_experiments(args: argparse.Namespace) -> None:
@@ -255,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of the pages (%(default)s)")
     args = parser.parse_args(argv)
-    try:
+    with told_in_one_line():
         unknown = sorted(set(args.run or ()) - set(EXPERIMENTS))
         if unknown:
             raise RunError(f"--run {unknown[0]} is no experiment; --list shows them")
@@ -270,15 +276,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.table:
                 names = list(dict.fromkeys(row.experiment for row in TABLES[args.table].rows))
             run_all(names, args)
-    except BrokenPipeError:
-        raise
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        main()
+    main()

@@ -142,7 +142,7 @@ def compare(row: Row, group: Finished, finished: dict[str, list[Finished]]) -> s
 def conditions(result: dict[str, Any]) -> tuple[Any, ...]:
     """Return what a run was trained on and with, which two runs must share to be compared."""
     settings = result["settings"]
-    return (result["hardware"]["name"], result["versions"]["torch"], result["processes"], settings["precision"],
+    return (machine(result["hardware"]), result["versions"]["torch"], result["processes"], settings["precision"],
             settings.get("cpu_kernels", False))
 
 

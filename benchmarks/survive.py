@@ -19,7 +19,7 @@ from arguments import positive
 from checkpoint import FILE_NAME, write_json
 from display import duration
 from environment import command_line, hardware, versions
-from errors import RunError
+from errors import RunError, told_in_one_line
 
 SCRIPT = Path(__file__).parent / "cifar.py"
 
@@ -36,7 +36,11 @@ def survive(kills: int, epochs: int, limit: int, seed: int, folder: Path) -> dic
     if subprocess.run([*common, "--out", str(folder / "undisturbed")], stdout=subprocess.DEVNULL).returncode:
         raise RunError("the undisturbed training failed; see above")
     lasted = time.monotonic() - started
-    epoch_seconds = json.loads((folder / "undisturbed" / "result.json").read_text())["seconds"] / epochs
+    result = json.loads((folder / "undisturbed" / "result.json").read_text())
+    epoch_seconds = result["seconds"] / epochs
+    # What a run measures to decide may come out otherwise in another.
+    kernels = "--cpu-kernels" if result["settings"]["cpu_kernels"] else "--no-cpu-kernels"
+    common += ["--precision", result["settings"]["precision"], kernels]
     start_seconds = lasted - epochs * epoch_seconds
     # Not further than this many epochs into each attempt, so that the training is not over before the last kill.
     furthest = epochs // (kills + 1)
@@ -87,9 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="folder for survive.json")
     args = parser.parse_args(argv)
-    if args.kills < 1:
-        parser.error(f"--kills must be at least 1, got {args.kills}")
-    try:
+    with told_in_one_line():
         with tempfile.TemporaryDirectory() as folder:
             result = survive(args.kills, args.epochs, args.limit, args.seed, Path(folder))
         print(f"{result['kills']} kills, the same weights as the undisturbed training of "
@@ -97,9 +99,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.out:
             command = command_line("survive.py", sys.argv[1:] if argv is None else argv)
             write_json(args.out / "survive.json", dict(command=command, **result))
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Cases, all in one process and in turn, so that a machine whose speed drifts is fair to each:
 
-- ``harness``: the network as `cifar.py` trains it (channels last, bfloat16 where the processor has it, compiled on a
-  GPU, batch normalisation fused on a CPU, data resident and augmented in batches);
+- ``harness``: the network as `cifar.py` trains it (channels last, bfloat16 where that is fast, compiled on a
+  GPU, with our kernels on a CPU, data resident and augmented in batches);
 - ``dataloader``: the same network in float32, NCHW, eager, fed by a DataLoader with per-image PIL transforms, as
   published re-implementations do;
 - timm's ``resnet50`` and ``resnetv2_50`` in the harness's form, for the price of the attention.
@@ -23,12 +23,21 @@ from typing import Any
 import augment
 import torch
 import torch.nn.functional as F
-from arguments import check_models, positive
+from arguments import check_models, positive, positive_seconds
 from checkpoint import write_atomic, write_json
 from cpu_kernels import kernels_pay, why_no_kernels
 from cpu_modules import use_cpu_kernels
-from environment import bf16_is_fast, command_line, compile_model, hardware, keep_freed_memory, pick_device, versions
-from errors import RunError
+from environment import (
+    bf16_is_fast,
+    command_line,
+    compile_model,
+    hardware,
+    keep_freed_memory,
+    machine,
+    pick_device,
+    versions,
+)
+from errors import told_in_one_line
 from evaluate import count_macs
 from recipes import Recipe, make_optimizer
 from timm import create_model
@@ -49,11 +58,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=positive, default=32, help="side of the images, pixels")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--rounds", type=positive, default=7, help="measurements of each case")
-    parser.add_argument("--seconds", type=float, default=1.0, help="least duration of one measurement")
+    parser.add_argument("--seconds", type=positive_seconds, default=1.0, help="least duration of one measurement")
     parser.add_argument("--out", type=Path, help="folder for throughput.json and throughput.png")
     parser.add_argument("--plot", type=Path, help="where the plot goes instead")
     args = parser.parse_args(argv)
-    try:
+    with told_in_one_line():
         keep_freed_memory()
         device = pick_device(args.device)
         command = command_line("throughput.py", sys.argv[1:] if argv is None else argv)
@@ -62,9 +71,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.out:
             write_json(args.out / "throughput.json", result)
             write_atomic(args.plot or args.out / "throughput.png", draw(result))
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -276,7 +282,7 @@ def _best_of_three(function: Callable[[], Any], device: torch.device) -> float:
 def print_table(result: dict[str, Any]) -> None:
     """Print a line a case: medians, and in brackets the lowest and highest round."""
     ceilings = result["ceilings"]
-    print(f"{result['hardware']['name']}, {result['precision']}: matrix product "
+    print(f"{machine(result['hardware'])}, {result['precision']}: matrix product "
           f"{ceilings['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s")
     print(f"{'case':<36}{'batch':>6}{'forward, images/s':>24}{'train, images/s':>24}"
           f"{'of ceiling':>12}{'peak memory':>14}")
@@ -302,7 +308,7 @@ def draw(result: dict[str, Any]) -> bytes:
     figure, axes = plt.subplots(figsize=(8, 0.5 + 0.45 * len(rows)), layout="constrained")
     axes.barh([f"{row['model']}, {row['form']}, batch {row['batch_size']}" for row in rows], medians, xerr=spread,
               color=colors, capsize=3)
-    axes.set(xlabel="training, images/s", title=f"{result['hardware']['name']}, {result['precision']}")
+    axes.set(xlabel="training, images/s", title=f"{machine(result['hardware'])}, {result['precision']}")
     axes.spines[["top", "right"]].set_visible(False)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

@@ -100,7 +100,7 @@ class Trainer:
             self.epoch_seconds = state["epoch_seconds"]
         states = tensors["torch_rng"].view(-1, len(torch.get_rng_state()))
         if self.world.rank < len(states):  # a process that was not there goes on with the seed that it was given
-            torch.set_rng_state(states[self.world.rank].clone())  # in a file it may lie where torch crashes: unaligned
+            torch.set_rng_state(states[self.world.rank].clone())  # with a part of a tensor torch crashes
             if self.device.type == "cuda" and "cuda_rng" in tensors:
                 torch.cuda.set_rng_state(tensors["cuda_rng"][self.world.rank].clone(), self.device)
 

@@ -135,7 +135,7 @@ def time_to_accuracy() -> str:
         if result["dataset"] != "cifar10":
             continue
         for goal, seconds in (result.get("seconds_to_top1") or {}).items():
-            key = float(goal), result["model"], result["hardware"]["name"]
+            key = float(goal), result["model"], machine(result["hardware"])
             if seconds is not None and seconds < fastest.get(key, (float("inf"),))[0]:
                 fastest[key] = seconds, result
     rows = [(

@@ -40,15 +40,6 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return lines[0]
 
 
-@pytest.fixture(autouse=True)
-def default_signals():
-    """The script handles Ctrl-C itself; put the previous handlers back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def test_run_leaves_a_loadable_model_and_its_result(tmp_path, capsys):
     run("--out", tmp_path / "run", "--recipe", "best", "--holdout", "32")
     text = capsys.readouterr().out

@@ -332,6 +332,17 @@ def test_kernels_that_are_slow_are_used_only_if_asked_for(monkeypatch, capsys, t
     assert json.loads((out / "result.json").read_text())["settings"]["cpu_kernels"] is used
 
 
+@needs_compiler
+def test_a_resumed_run_measures_nothing_anew(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = ["--model", "plain_cnn8_cifar", "--dataset", "digits", "--device", "cpu", "--limit", "64"]
+    for pays in (True, False):
+        monkeypatch.setattr(cifar, "kernels_pay", lambda pays=pays: pays)
+        cifar.main([*command, "--epochs", "2", *([] if pays else ["--resume"])])
+    (result,) = tmp_path.glob("runs/*/result.json")
+    assert json.loads(result.read_text())["settings"]["cpu_kernels"]
+
+
 def test_a_compiler_that_fails_is_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

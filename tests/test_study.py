@@ -153,6 +153,9 @@ def test_budget_picks_what_fits(tiny, tmp_path):
     (tmp_path / "runs" / runs[2].stem).mkdir(parents=True)
     save_checkpoint(tmp_path / "runs" / runs[2].stem, {}, {"epochs": [{}] * 3})
     assert clock.seconds(runs[2]) == pytest.approx(seconds / 4)
+    (tmp_path / "runs" / runs[3].stem).mkdir()
+    (tmp_path / "runs" / runs[3].stem / "checkpoint.safetensors").write_text("damaged")
+    assert clock.seconds(runs[3]) == seconds, "the run itself tells"
     assert study.choose(runs, clock, 2.5 * seconds) == (runs[:3], runs[3:])
 
 
@@ -206,14 +209,22 @@ def test_a_result_of_another_run_is_not_taken(tiny, tmp_path, capsys):
     run = study.Run("tiny-b", 1, 3)
     folder = tmp_path / "runs" / run.stem
     folder.mkdir(parents=True)
-    for text, message in ((json.dumps(result(20.0)), "is damaged"), (json.dumps(dict(
-            result(20.0), dataset="digits", seed=4, settings=dict(epochs=1, model_kwargs=[]))), "is of [")):
-        (folder / "result.json").write_text(text)
+    own = dict(result(20.0), dataset="digits", seed=3)
+    own["settings"].update(epochs=1, model_kwargs=[], lr=0.01, label_noise=0.0, limit=64, holdout=0)
+    for other, message in (
+            ({"model": "plain_cnn8_cifar"}, "is damaged"),
+            (dict(own, seed=4), "is of another run than tiny-b, seed 3, 1 epochs;"),
+            (dict(own, settings=dict(own["settings"], lr=0.2)), "tiny-b, seed 3, 1 epochs (lr);"),
+            (dict(own, settings=dict(own["settings"], label_noise=0.1)), "tiny-b, seed 3, 1 epochs (label_noise);")):
+        (folder / "result.json").write_text(json.dumps(other))
         with pytest.raises(SystemExit) as exit_info:
             study.main(["--run", "tiny-b", "--epochs", "1", "--seeds", "3", *tiny])
         assert exit_info.value.code == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+    (folder / "result.json").write_text(json.dumps(own))
+    study.main(["--run", "tiny-b", "--epochs", "1", "--seeds", "3", *tiny])
+    assert (tmp_path / "results" / f"{run.stem}.json").is_file()
 
 
 def test_page_without_the_marks(tiny, tmp_path, capsys):

@@ -19,4 +19,4 @@ def test_no_kill_is_no_success(capsys):
     with pytest.raises(SystemExit) as exit_info:
         survive.main(["--kills", "0"])
     assert exit_info.value.code == 2
-    assert "--kills must be at least 1, got 0" in capsys.readouterr().err
+    assert "--kills: must be at least 1, got 0" in capsys.readouterr().err

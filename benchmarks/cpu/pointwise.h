@@ -1,7 +1,7 @@
 // A 1x1 convolution of a normalised and activated map. The activated map is made part by part in the cache and never
 // written: forward that saves a pass out and a pass in, backward the gradient's too.
 //
-// K is the channels in, N those out, both multiples of LANES. Sums are in float. bfloat16 values are multiplied in
+// K is the channels in, N those out, both multiples of LINE. Sums are in float. bfloat16 values are multiplied in
 // pairs, so what is summed over, K forward, N and rows backward, is laid out in words of two.
 #pragma once
 #include <algorithm>

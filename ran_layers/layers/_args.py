@@ -1,6 +1,5 @@
 """Argument checks shared by the layers: one clear error that names the argument, what came and what is allowed."""
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -11,17 +10,17 @@ LayerType = str | type[nn.Module] | Callable[..., nn.Module]
 
 
 def check_int(name: str, value: Any, minimum: int) -> int:
-    """Return ``value`` as an int if it is an integer, NumPy's too, of at least ``minimum``.
+    """Return ``value`` if it is an integer of at least ``minimum``.
 
     Raises:
         TypeError: ``value`` is no integer (a bool is none either).
         ValueError: ``value`` is below ``minimum``.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int of at least {minimum}, got {value!r} ({type(value).__name__})")
-    if int(value) < minimum:
+    if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return int(value)
+    return value
 
 
 def check_fraction(name: str, value: Any, *, zero: bool, one: bool) -> float:
@@ -32,9 +31,9 @@ def check_fraction(name: str, value: Any, *, zero: bool, one: bool) -> float:
         ValueError: ``value`` is outside the interval.
     """
     interval = f"in {'[' if zero else '('}0, 1{']' if one else ')'}"
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number {interval}, got {value!r} ({type(value).__name__})")
-    if not (0 < float(value) < 1 or (zero and value == 0) or (one and value == 1)):
+    if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
         raise ValueError(f"{name} must be {interval}, got {value}")
     return float(value)
 
