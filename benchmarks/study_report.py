@@ -161,7 +161,7 @@ def draw(table: Table, finished: dict[str, list[Finished]]) -> bytes:
     import matplotlib.pyplot as plt
 
     rows = [(row, group) for row in table.rows for group in finished.get(row.experiment, ())]
-    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.38 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.38 * len(rows)), layout="constrained")
     for y, (row, group) in enumerate(rows):
         axes.plot(group.errors, [y] * len(group.errors), "o", color="tab:blue", alpha=0.7, label="ours, a seed each")
         axes.plot([group.mean], [y], "|", color="tab:blue", markersize=16, label="ours, mean")
@@ -176,7 +176,8 @@ def draw(table: Table, finished: dict[str, list[Finished]]) -> bytes:
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
-    axes.legend(handles.values(), handles, frameon=False, fontsize="small", loc="best")
+    # Outside: among the points its marks would be read as some of them.
+    figure.legend(handles.values(), handles, frameon=False, fontsize="small", loc="outside upper right", ncols=3)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     plt.close(figure)
