@@ -291,7 +291,8 @@ def run_epochs(
         return _run_epochs(args, trainer, out, settings, watched, stop)
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # what did not come from Python cannot be put back by it
+                signal.signal(number, handler)
 
 
 def _run_epochs(
