@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from distributed import gather
 
 SOURCES = Path(__file__).parent / "cpu"
 # The OpenMP runtime is left open: it is torch's own, whose threads are there already, that the loader finds.
@@ -190,9 +191,7 @@ def _statistics(norm: nn.BatchNorm2d, x: torch.Tensor, synced: bool) -> _Statist
     moments = torch.empty(2, channels, dtype=torch.float64)  # the mean, and the sum of squared differences from it
     _call("norm_moments", [x, moments], rows, channels)
     if processes > 1:
-        gathered = [torch.empty_like(moments) for _ in range(processes)]
-        dist.all_gather(gathered, moments)
-        means, squares = torch.stack(gathered, 1)
+        means, squares = gather(moments).unbind(1)
         mean = means.mean(0)
         moments = torch.stack([mean, squares.sum(0) + rows * (means - mean).square().sum(0)])
     saved = torch.empty(4 * channels, dtype=torch.float32)

@@ -55,11 +55,7 @@ class World:
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the processes' tensors, on the CPU, in a row."""
-        tensor = tensor.cpu()
-        gathered = [torch.empty_like(tensor) for _ in range(self.size)] if self.size > 1 else [tensor]
-        if self.size > 1:
-            dist.all_gather(gathered, tensor, group=self.control)
-        return torch.stack(gathered)
+        return gather(tensor.cpu(), self.control) if self.size > 1 else tensor.cpu()[None]
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return ``tensor`` averaged over the processes."""
@@ -82,6 +78,13 @@ class World:
         yield
         if self.size > 1 and self.main:
             dist.barrier(group=self.control)
+
+
+def gather(tensor: torch.Tensor, group: Any = None) -> torch.Tensor:
+    """Return the tensors of all processes in a row, of a shape and a type that all must share."""
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor, group=group)
+    return torch.stack(gathered)
 
 
 def join_world(device_name: str | None) -> tuple[World, torch.device]:
@@ -155,9 +158,7 @@ class _BatchNorm(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         unused = torch.zeros_like(weight)  # running statistics, whose type is that of the result
         local = torch.stack(torch.batch_norm_update_stats(x, unused, unused.clone(), 0.0))
-        gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, local)
-        means, variances = torch.stack(gathered, 1)
+        means, variances = gather(local).unbind(1)
         mean = means.mean(0)
         # Not of the squares: their difference would lose digits.
         var = variances.mean(0) + (means - mean).square().mean(0)
