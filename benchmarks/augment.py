@@ -107,7 +107,7 @@ def mix(
     device = images.device
     order = torch.randperm(len(images), generator=generator, device=device)
     coin = torch.rand((), generator=generator, device=device)
-    use_cutmix = coin < 0.5 if mixup and cutmix else torch.tensor(bool(cutmix), device=device)
+    use_cutmix = coin < 0.5 if mixup and cutmix else torch.full((), bool(cutmix), device=device)
     alpha = torch.where(use_cutmix, cutmix or 1.0, mixup or 1.0)
     # Beta(a, a) from two Gamma draws that use the generator, as torch.distributions does not.
     gammas = torch._standard_gamma(alpha.expand(2).clone().float(), generator=generator)

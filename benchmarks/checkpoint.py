@@ -4,10 +4,12 @@ The file is written under a temporary name, flushed to the disk and renamed, so 
 Nothing is ever unpickled.
 """
 import contextlib
+import copy
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,38 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: di
     """Write the checkpoint of a run: ``tensors`` by name and ``state``, anything that JSON holds."""
     arrays = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomic(folder / FILE_NAME, save(arrays, metadata={"state": json.dumps(state)}))
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run while the run goes on; leaving its block waits for the last one.
+
+    What fails in writing is raised by the next :meth:`save` or at the end of the block.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future[None] | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.thread.shutdown()
+        self.wait()
+
+    def save(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Write a checkpoint of ``tensors`` and ``state`` as they are now."""
+        self.wait()
+        # Copies: the run changes its tensors in place, and the epochs in its state.
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self.pending = self.thread.submit(save_checkpoint, self.folder, tensors, copy.deepcopy(state))
+
+    def wait(self) -> None:
+        """Wait until what was saved last is on the disk."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

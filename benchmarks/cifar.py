@@ -20,23 +20,22 @@ from typing import Any
 
 import torch
 from arguments import check_models
-from checkpoint import FILE_NAME, load_checkpoint, load_state, load_weights, save_checkpoint
+from checkpoint import FILE_NAME, CheckpointWriter, load_checkpoint, load_state, load_weights
 from cpu_kernels import kernels_pay, why_no_kernels
 from data import DATASETS, Dataset, corrupt_labels, load_dataset
 from display import Display, duration, show_plan
 from distributed import World, join_world, leave_world
 from environment import (
-    COMPILE_MODES,
     bf16_is_fast,
     command_line,
     hardware,
     keep_freed_memory,
     pick_device,
-    use_deterministic_kernels,
     versions,
 )
 from errors import RunError, told_in_one_line
 from evaluate import evaluate, export_model, load_exported
+from gpu import COMPILE_MODES, choose_kernels, price_of_determinism
 from network import begin_with, build_model
 from recipes import CHOICES, RECIPES, Recipe, make_recipe
 from result import earlier_runs, print_final, write_result
@@ -64,8 +63,7 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where the processor has it")
     parser.add_argument("--compile", choices=COMPILE_MODES,
-                        help="mode of torch.compile; reduce-overhead replays CUDA graphs (default: default on a GPU, "
-                             "off on a CPU)")
+                        help="what torch.compile compiles (default: units on a GPU, off on a CPU)")
     parser.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True,
                         help="under torchrun, batch normalisation over the global batch, not each process's slice")
     parser.add_argument("--cpu-kernels", action=argparse.BooleanOptionalAction, default=None,
@@ -119,8 +117,7 @@ def train(args: argparse.Namespace) -> None:
     check_models([args.model], "--model")
     further = "-further" if args.initial_checkpoint else ""  # the folder without it may be that of those weights
     out: Path = args.out or Path("runs") / f"{args.model}-{args.dataset}-{recipe_name}-{args.seed}{further}"
-    if args.deterministic:
-        use_deterministic_kernels()
+    choose_kernels(args.deterministic)
     resumed = load_checkpoint(out) if args.resume else None
     if recipe.batch_size % world.size:
         raise RunError(f"--batch-size {recipe.batch_size} must be a multiple of the {world.size} processes")
@@ -182,7 +179,7 @@ def train(args: argparse.Namespace) -> None:
         print(f"compiled in {duration(compile_seconds)}", flush=True)
     price = None
     if args.deterministic and device.type == "cuda":
-        price = trainer.price_of_determinism()
+        price = price_of_determinism(model, trainer.empty_batches()[-1][0], autocast)
         if world.main:
             print(f"--deterministic: {price:.1%} more time a step", flush=True)
 
@@ -209,7 +206,7 @@ def train(args: argparse.Namespace) -> None:
                   + (" (their moving average)" if recipe.ema_decay else "")
                   + (f"; {args.holdout} training images were held out and watched" if args.holdout else "")
                   + ("; the test set was watched, nothing was picked by it" if args.eval_every else ""),
-    ), device, autocast, args.compile)
+    ), device, autocast)
 
 
 def suit_the_machine(
@@ -222,7 +219,7 @@ def suit_the_machine(
     args.precision = args.precision or resumed.get("precision") or (
         "fp32" if world.any(int(not bf16_is_fast(device))) else "bf16")
     # oneDNN's own kernels are as fast as compiled ones on a CPU.
-    args.compile = args.compile or ("default" if device.type == "cuda" else "off")
+    args.compile = args.compile or ("units" if device.type == "cuda" else "off")
     if args.cpu_kernels is None:
         args.cpu_kernels = resumed.get("cpu_kernels")
     if args.cpu_kernels is not False:
@@ -300,8 +297,9 @@ def _run_epochs(
         stop: dict[str, int]) -> int:
     world, stopped = trainer.world, 0
     trainer.model.train()
-    with Display(trainer.recipe.epochs, trainer.steps_per_epoch, trainer.recipe.batch_size, trainer.step,
-                 work=trainer.work, quiet=not world.main) as display:
+    with CheckpointWriter(out) as writer, Display(
+            trainer.recipe.epochs, trainer.steps_per_epoch, trainer.recipe.batch_size, trainer.step,
+            work=trainer.work, quiet=not world.main, wait=trainer.wait) as display:
         while trainer.step < trainer.total_steps and not stopped:
             try:
                 stopped = trainer.train_epoch(display, lambda: stop["signal"])
@@ -320,7 +318,7 @@ def _run_epochs(
             if world.main:
                 # The folder of the data may be another when the run is resumed, so it is no setting.
                 data_dir = args.data_dir and str(Path(args.data_dir).resolve())
-                save_checkpoint(out, tensors, dict(
+                writer.save(tensors, dict(
                     state, settings=settings, data_dir=data_dir, earlier=args.earlier, command=args.command,
                     eval_every=args.eval_every))
     return stopped

@@ -43,13 +43,14 @@ class Display:
 
     Args:
         work: What of the computing is done at a fraction of the steps, in any unit.
+        wait: Waits until the device has done the steps that it was given; called once, before time is estimated.
     """
 
     def __init__(
             self, epochs: int, steps_per_epoch: int, batch_size: int, first_step: int, work: Callable[[float], float],
-            quiet: bool = False) -> None:
+            quiet: bool = False, wait: Callable[[], None] = lambda: None) -> None:
         self.epochs, self.steps_per_epoch, self.batch_size = epochs, steps_per_epoch, batch_size
-        self.work = work
+        self.work, self.wait = work, wait
         self.start, self.first_step = time.perf_counter(), first_step
         self.console = Console()
         self.quiet = quiet
@@ -81,6 +82,7 @@ class Display:
         epoch, in_epoch = divmod(step - 1, self.steps_per_epoch)
         if not self.estimated and step - self.first_step == 10:
             self.estimated = True
+            self.wait()
             self.print(f"estimated time: {duration(self.time_left(step))} at {self.images_per_s(step):.0f} images/s")
         if self.progress.disable:
             return

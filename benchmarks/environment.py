@@ -1,5 +1,4 @@
 """The machine a run is on: device, compilation, determinism, and the facts that belong beside a measured figure."""
-import copy
 import ctypes
 import os
 import platform
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 from errors import RunError, first_line
 
 
@@ -75,76 +73,6 @@ def _product_seconds(dtype: torch.dtype, size: int = 384) -> float:
     started = time.perf_counter()
     x @ x
     return time.perf_counter() - started
-
-
-# Modes of torch.compile, and none.
-COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune")
-
-
-def compile_model(model: Any, mode: str) -> Any:
-    """Return ``model`` compiled in a mode of ``torch.compile``, or as it is where the mode is ``"off"``."""
-    return model if mode == "off" else torch.compile(model, mode=mode, dynamic=False)  # each resolution its own kernels
-
-
-def warm_up(forward: Any, model: nn.Module, shapes: Sequence[tuple[int, int, int, int]], autocast: Any) -> float:
-    """Compile the training step of ``forward`` for each input shape, and leave ``model`` as it was.
-
-    Returns:
-        Seconds, to be told apart from those of the training.
-    """
-    started = time.perf_counter()
-    device = next(model.parameters()).device
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    was_training = model.training
-    model.train()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for shape in shapes:
-            x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
-            with autocast:
-                loss = forward(x).float().mean()
-            loss.backward()
-            model.zero_grad()
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-    model.train(was_training)
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def use_deterministic_kernels() -> None:
-    """Have torch use kernels that always add in the same order; to be called before the GPU is used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
-def price_of_determinism(
-        model: nn.Module, shape: tuple[int, int, int, int], autocast: Any, steps: int = 20) -> float:
-    """Return how much more time a step takes with deterministic kernels, measured in turn, as a fraction."""
-    device = next(model.parameters()).device
-    model = copy.deepcopy(model).train()
-    x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
-    seconds = {True: 0.0, False: 0.0}
-    before = torch.are_deterministic_algorithms_enabled()
-    for turn in range(2 * steps + 2):
-        chosen = turn % 2 == 0
-        torch.use_deterministic_algorithms(chosen)
-        _wait(device)
-        started = time.perf_counter()
-        with autocast:
-            loss = model(x).float().mean()
-        loss.backward()
-        _wait(device)
-        if turn >= 2:  # the first of each kind loads its kernels
-            seconds[chosen] += time.perf_counter() - started
-    torch.use_deterministic_algorithms(before)
-    return seconds[True] / seconds[False] - 1
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def command_line(

@@ -42,8 +42,10 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(buffers, momentum)
                 torch._foreach_add_(buffers, grads)
                 updates = torch._foreach_add(grads, buffers, alpha=momentum)
+            # The learning rate is a tensor where a CUDA graph reads it.
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, updates, alpha=-group["lr"])
+            torch._foreach_mul_(updates, -group["lr"])
+            torch._foreach_add_(params, updates)
 
     def _orthogonalize(self, updates: list[torch.Tensor]) -> list[torch.Tensor]:
         """Orthogonalise ``updates``; processes that train together do a part each and exchange the results."""
@@ -70,35 +72,55 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(updates: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Return for each tensor, seen as a matrix, about the orthogonal factor of its polar decomposition.
 
-    Tall matrices come out larger by ``sqrt(rows / columns)``, so that a step changes each output equally.
+    Tall matrices come out larger by ``sqrt(rows / columns)``, so that a step changes each output equally. The results
+    are new tensors.
     """
     updates = list(updates)
-    by_shape: dict[tuple[int, int], list[int]] = {}
+    result = list(updates)
+    # All matrices whose shorter side is equal are iterated in one batch, whatever the longer one is.
+    by_side: dict[int, dict[tuple[int, int], list[int]]] = {}
     for i, update in enumerate(updates):
         rows, columns = len(update), update[0].numel()
-        by_shape.setdefault((min(rows, columns), max(rows, columns)), []).append(i)
-    result: list[torch.Tensor] = list(updates)
-    for indices in by_shape.values():
-        matrices = [updates[i].flatten(1) for i in indices]
-        batch = torch.stack([m.mT if len(m) > m.shape[1] else m for m in matrices])
-        for i, matrix, factor in zip(indices, matrices, _newton_schulz(batch)):
-            tall = len(matrix) > matrix.shape[1]
-            factor = factor.mT * (len(matrix) / matrix.shape[1]) ** 0.5 if tall else factor
-            result[i] = factor.reshape(updates[i].shape)
+        by_side.setdefault(min(rows, columns), {}).setdefault((rows, columns), []).append(i)
+    for by_shape in by_side.values():
+        batches = [torch.stack([_matrix(updates[i]) for i in indices]) for indices in by_shape.values()]
+        grams = torch.cat([x.mT @ x if x.shape[1] > x.shape[2] else x @ x.mT for x in batches])
+        norms = grams.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].sqrt() + 1e-7
+        products = _newton_schulz(grams / norms.square()) / norms
+        for indices, x, product in zip(
+                by_shape.values(), batches, products.split([len(x) for x in batches]), strict=True):
+            rows, columns = x.shape[1:]
+            factors = x @ (product * (rows / columns) ** 0.5) if rows > columns else product @ x
+            for i, factor in zip(indices, factors):
+                result[i] = _tensor(factor, updates[i].shape)
     return result
 
 
-def _newton_schulz(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Drive the singular values of the wide matrices ``(batch, rows, columns)`` to about 1."""
+# Columns in the order of the memory of weights that are channels last, so that nothing is copied; their order does not
+# matter to the factor.
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).flatten(1)
+
+
+def _tensor(matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    if len(shape) != 4:
+        return matrix.view(shape)
+    return matrix.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+
+
+def _newton_schulz(gram: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Return for each of the matrices ``gram = x x^T`` the factor that drives the singular values of ``x`` to about 1.
+
+    Args:
+        gram: ``(batch, side, side)``, of trace 1. The iteration ``x -> p(x x^T) x`` keeps the singular vectors of
+            ``x``, so only these small matrices are iterated.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315  # the quintic of the reference implementation: steepest at 0
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    # x -> p(x x^T) x keeps x's right singular vectors, so only the small matrices are iterated and x is met twice.
-    gram = x @ x.mT
-    scaled_identity = a * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    product = None
+    scaled_identity = a * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    product = gram
     for step in range(steps):
         factor = torch.baddbmm(b * gram + scaled_identity, gram, gram, alpha=c)
-        product = factor if product is None else factor @ product
+        product = factor if step == 0 else factor @ product
         if step + 1 < steps:
             gram = factor @ gram @ factor
-    return x if product is None else product @ x
+    return product

@@ -166,5 +166,6 @@ def _make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [
         dict(params=decay, weight_decay=recipe.weight_decay), dict(params=no_decay, weight_decay=0.0)]
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=recipe.lr, fused=True)
+        # Capturable: its step count lies where a CUDA graph can raise it.
+        return torch.optim.Adam(groups, lr=recipe.lr, fused=True, capturable=decay[0].is_cuda)
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)

@@ -7,7 +7,6 @@ import torch
 from checkpoint import write_atomic, write_json
 from data import Dataset
 from display import draw_curves, draw_masks_of, duration
-from environment import compile_model
 from errors import RunError
 from evaluate import evaluate, load_exported
 
@@ -16,12 +15,11 @@ TOP1_GOALS = (90, 94, 95, 96)
 
 def write_result(
         out: Path, data: Dataset, result: dict[str, Any], device: torch.device, autocast: Any,
-        compile_mode: str) -> None:
+) -> None:
     """Evaluate the exported model on the test set, write result.json and the pictures, and print the figure."""
     model = load_exported(out).to(device, memory_format=torch.channels_last)
-    scorer = compile_model(model, compile_mode)
-    scores = evaluate(scorer, data.test_images, data.test_labels, device, autocast)
-    flipped = evaluate(scorer, data.test_images, data.test_labels, device, autocast, flip=True)
+    scores = evaluate(model, data.test_images, data.test_labels, device, autocast)
+    flipped = evaluate(model, data.test_images, data.test_labels, device, autocast, flip=True)
     result["final"] = dict(scores, error=100 - scores["top1"], top1_flip=flipped["top1"])
     result["seconds_to_top1"] = seconds_to_top1(result["epochs"], scores["top1"])
     write_json(out / "result.json", result)

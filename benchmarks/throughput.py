@@ -4,8 +4,8 @@
 
 Cases, all in one process and in turn, so that a machine whose speed drifts is fair to each:
 
-- ``harness``: the network as `cifar.py` trains it (channels last, bfloat16 where that is fast, compiled on a
-  GPU, with our kernels on a CPU, data resident and augmented in batches);
+- ``harness``: the network as `cifar.py` trains it (channels last, bfloat16 where that is fast, compiled and replayed as
+  a CUDA graph on a GPU, with our kernels on a CPU, data resident and augmented in batches);
 - ``dataloader``: the same network in float32, NCHW, eager, fed by a DataLoader with per-image PIL transforms, as
   published re-implementations do;
 - timm's ``resnet50`` and ``resnetv2_50`` in the harness's form, for the price of the attention.
@@ -20,29 +20,21 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import augment
 import torch
 import torch.nn.functional as F
 from arguments import check_models, positive, positive_seconds
 from checkpoint import write_atomic, write_json
 from cpu_kernels import kernels_pay, why_no_kernels
-from cpu_modules import use_cpu_kernels
-from environment import (
-    bf16_is_fast,
-    command_line,
-    compile_model,
-    hardware,
-    keep_freed_memory,
-    machine,
-    pick_device,
-    versions,
-)
+from distributed import World
+from environment import bf16_is_fast, command_line, hardware, keep_freed_memory, machine, pick_device, versions
 from errors import told_in_one_line
 from evaluate import count_macs
+from gpu import Replayed, choose_kernels, side_stream
 from recipes import Recipe, make_optimizer
 from timm import create_model
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
+from trainer import Trainer
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
 
@@ -77,16 +69,15 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Time every case ``args.rounds`` times in turn; return medians, extremes, and the machine's ceilings."""
     check_models(args.models)
     precision = "bf16" if bf16_is_fast(device) else "fp32"
+    choose_kernels(deterministic=False)
     cases: list[Case] = []
     for batch_size in args.batch_sizes:
+        kinds: list[tuple[type[Case], str]] = []
         for name in args.models:
-            cases.append(Case("harness", name, batch_size, args.size, device, precision))
-            cases.append(Case("dataloader", name, batch_size, args.size, device, "fp32"))
-        for name in PRICE_OF_ATTENTION:
-            cases.append(Case("harness", name, batch_size, args.size, device, precision))
-
-    for case in cases:
-        case.warm_up()
+            kinds += [(Harness, name), (Loaded, name)]
+        for kind, name in (*kinds, *((Harness, name) for name in PRICE_OF_ATTENTION)):
+            cases.append(kind(name, batch_size, args.size, device, precision))
+            cases[-1].warm_up()
     ceilings: dict[str, list[float]] = {"matmul_flops": [], "copy_bytes": []}
     for _ in range(args.rounds):
         ceilings["matmul_flops"].append(matmul_flops(device, precision))
@@ -105,64 +96,37 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 class Case:
     """One network in one form at one batch size."""
 
-    def __init__(self, form: str, name: str, batch_size: int, size: int, device: torch.device, precision: str) -> None:
-        self.form, self.name, self.batch_size, self.device = form, name, batch_size, device
+    form: str
+
+    def __init__(self, name: str, batch_size: int, size: int, device: torch.device, precision: str) -> None:
+        self.name, self.batch_size, self.device = name, batch_size, device
+        self.bytes_before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         torch.manual_seed(0)
-        model = create_model(name, num_classes=10)
-        model.pretrained_cfg["input_size"] = (3, size, size)
-        self.macs = count_macs(model)
+        self.model: Any = create_model(name, num_classes=10)
+        self.model.pretrained_cfg["input_size"] = (3, size, size)
+        self.macs = count_macs(self.model)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        self.images = torch.randint(256, (ROWS, size, size, 3), dtype=torch.uint8)
-        self.labels = torch.randint(10, (ROWS,))
-        if form == "harness":
-            model = model.to(device, memory_format=torch.channels_last)
-            self.batches = self._resident_batches()
-            compile_mode = "default" if device.type == "cuda" else "off"
-            if why_no_kernels(device, compile_mode) is None and kernels_pay():
-                use_cpu_kernels(model)
-            self.forward: Callable[..., torch.Tensor] = compile_model(model, compile_mode)
-        else:
-            model = model.to(device)
-            self.batches = self._loaded_batches()
-            self.forward = model
-        self.model = model
-        self.optimizer = make_optimizer(Recipe(), model)
+        rows = max(ROWS, batch_size)
+        self.images = torch.randint(256, (rows, size, size, 3), dtype=torch.uint8)
+        self.labels = torch.randint(10, (rows,))
         self.speeds: dict[str, list[float]] = {"forward": [], "train": []}
         self.compile_seconds = 0.0
         self.peak_bytes = 0
+        self.prepare()
 
-    def _resident_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        images, labels = self.images.to(self.device), self.labels.to(self.device)
-        generator = torch.Generator(self.device).manual_seed(0)
-        mean = torch.full((3,), 120.0, device=self.device)
-        while True:
-            rows = torch.randint(ROWS, (self.batch_size,), generator=generator, device=self.device)
-            flip = torch.rand(self.batch_size, generator=generator, device=self.device) < 0.5
-            x = augment.crop_flip(images[rows], flip, 4, "reflect", generator)
-            yield augment.normalize(x, mean, mean / 2), labels[rows]
-
-    def _loaded_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        # Not forked: while a forked worker lives, this process, with all cases in it, writes to its memory in copies.
-        loader = DataLoader(
-            _Images(self.images.numpy(), self.labels), self.batch_size, shuffle=True, num_workers=2, drop_last=True,
-            multiprocessing_context="spawn")
-        while True:
-            for x, y in loader:
-                yield x.to(self.device), y.to(self.device)
+    def prepare(self) -> None:
+        """Build what the steps need."""
+        raise NotImplementedError
 
     def train_step(self) -> None:
-        x, y = next(self.batches)
-        with self.autocast:
-            loss = F.cross_entropy(self.forward(x), y)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        """Train on the next batch."""
+        raise NotImplementedError
 
-    @torch.no_grad()
     def forward_step(self) -> None:
-        x, _ = next(self.batches)
-        with self.autocast:
-            self.forward(x)
+        """Run the network on a batch in evaluation mode."""
+        raise NotImplementedError
 
     def warm_up(self) -> None:
         """Compile and fill caches; the first step's time is reported as compilation."""
@@ -173,29 +137,28 @@ class Case:
         self.model.eval()
         self.forward_step()
         synchronize(self.device)
-        self.compile_seconds = time.perf_counter() - started
+        self.compile_seconds += time.perf_counter() - started
         if self.device.type == "cpu":
             self.model.train()
             self.peak_bytes = peak_rss(self.train_step)
+        else:
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self.bytes_before
 
     def measure(self, seconds: float) -> None:
         """Add one measurement of each kind."""
+        # The harness does not wait for a GPU within an epoch.
+        at_once = 20 if self.device.type == "cuda" else 1
         for kind, step, training in (("train", self.train_step, True), ("forward", self.forward_step, False)):
             self.model.train(training)
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
             step()  # brings back what the case before this one has driven from the caches
             synchronize(self.device)
             started, steps = time.perf_counter(), 0
             while time.perf_counter() - started < seconds:
-                step()
-                steps += 1
+                for _ in range(at_once):
+                    step()
+                steps += at_once
                 synchronize(self.device)
             self.speeds[kind].append(steps * self.batch_size / (time.perf_counter() - started))
-            if self.device.type == "cuda":
-                self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
-        if self.form == "dataloader":
-            time.sleep(0.5)  # its workers fill their queues, which must not slow down the next case
 
     def summary(self, matmul_ceiling: float) -> dict[str, Any]:
         row: dict[str, Any] = dict(
@@ -208,6 +171,75 @@ class Case:
             row[kind] = dict(images_per_s=median, lowest=min(speeds), highest=max(speeds), flops_per_s=flops,
                              fraction_of_matmul=flops / matmul_ceiling)
         return row
+
+
+class Harness(Case):
+    """As `cifar.py` trains, with plain SGD as in the other form."""
+
+    form = "harness"
+
+    def prepare(self) -> None:
+        device = self.device
+        model = self.model.to(device, memory_format=torch.channels_last)
+        compile_mode = "units" if device.type == "cuda" else "off"
+        kernels = why_no_kernels(device, compile_mode) is None and kernels_pay()
+        self.trainer = Trainer(
+            model, Recipe(epochs=10 ** 6, batch_size=self.batch_size), self.images.to(device), self.labels.to(device),
+            self.autocast, 0, World(), False, compile_mode, kernels)
+        self.compile_seconds = self.trainer.compile()
+        self.batch = self.trainer.empty_batches()[-1][0].normal_()
+        self.replayed = None
+        if device.type == "cuda":
+            model.eval()
+            with side_stream(device):
+                self._forward(self.batch)
+            self.replayed = Replayed(self._forward)
+            self.replayed.capture(self.batch)
+
+    def train_step(self) -> None:
+        self.trainer.train_step()
+
+    @torch.no_grad()
+    def _forward(self, x: torch.Tensor) -> None:
+        with self.autocast:
+            self.model(x)
+
+    def forward_step(self) -> None:
+        (self.replayed or self._forward)(self.batch)
+
+
+class Loaded(Case):
+    """As published re-implementations do: float32, NCHW, eager, per-image transforms in the workers of a DataLoader."""
+
+    form = "dataloader"
+
+    def prepare(self) -> None:
+        self.model = self.model.to(self.device)
+        self.optimizer = make_optimizer(Recipe(), self.model)
+        self.batches = self._load()
+
+    def _load(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        # Not forked: while a forked worker lives, this process, with all cases in it, writes to its memory in copies.
+        loader = DataLoader(
+            _Images(self.images.numpy(), self.labels), self.batch_size, shuffle=True, num_workers=2, drop_last=True,
+            multiprocessing_context="spawn")
+        while True:
+            for x, y in loader:
+                yield x.to(self.device), y.to(self.device)
+
+    def train_step(self) -> None:
+        x, y = next(self.batches)
+        F.cross_entropy(self.model(x), y).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def forward_step(self) -> None:
+        self.model(next(self.batches)[0])
+
+    def measure(self, seconds: float) -> None:
+        super().measure(seconds)
+        time.sleep(0.5)  # the workers fill their queues, which must not slow down the next case
 
 
 class _Images(TorchDataset):

@@ -1,6 +1,6 @@
 """The training of one network: its steps, its epochs, and the state a checkpoint holds."""
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,10 +10,9 @@ from checkpoint import load_optimizer_tensors, optimizer_tensors, prefixed, with
 from cpu_modules import use_cpu_kernels
 from display import Display
 from distributed import World, data_parallel, sync_batch_norm
-from environment import compile_model, price_of_determinism, warm_up
 from errors import RunError
+from gpu import WARM_UP_STEPS, HalfWeights, MovingAverage, Replayed, compile_model, side_stream, unchanged
 from recipes import Recipe, lr_scale, make_optimizer, pixels_seen, resolutions
-from timm.utils import ModelEmaV3
 
 
 class Trainer:
@@ -28,7 +27,7 @@ class Trainer:
         seed: Of order and augmentation.
         world: The processes that share each batch.
         sync_bn: Whether batch normalisation spans them.
-        compile_mode: A mode of ``torch.compile``, or ``"off"``.
+        compile_mode: What ``torch.compile`` gets: ``"units"``, the ``"model"``, or nothing (``"off"``).
         cpu_kernels: Whether the model trains with the fused kernels for CPUs.
     """
 
@@ -40,12 +39,22 @@ class Trainer:
         self.mean = torch.tensor(model.pretrained_cfg["mean"], device=self.device) * 255
         self.std = torch.tensor(model.pretrained_cfg["std"], device=self.device) * 255
         self.optimizer = make_optimizer(recipe, model)
-        # The warm-up keeps the random initial weights out of the average.
-        self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        self.ema = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
         if cpu_kernels:
             use_cpu_kernels(model, sync_bn)
+        # One process on a GPU replays its steps. Several go without graphs, which would have to hold their collectives.
+        self.replayed = Replayed(self._learn) if self.device.type == "cuda" and world.size == 1 else None
+        with autocast:
+            half = torch.is_autocast_enabled(self.device.type)
+        self.half = HalfWeights(model) if self.replayed and half else None
+        if self.half is not None:
+            self.half.net.train()
+        if self.replayed:
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.zeros((), device=self.device)  # where a graph reads it
         synced = sync_batch_norm(model, self.device) if sync_bn else model
-        self.forward = compile_model(data_parallel(synced, world, self.device), compile_mode)
+        self.forward = compile_model(
+            self.half.net if self.half else data_parallel(synced, world, self.device), compile_mode)
         self.compile_mode = compile_mode
         # Alternate flips: one half of the images is mirrored in even epochs, the other in odd ones.
         self.always_flip = torch.rand(
@@ -56,6 +65,7 @@ class Trainer:
         self.step = 0
         self.epochs: list[dict[str, Any]] = []  # the figures of each finished one
         self.seconds = 0.0  # of training, without compilation and evaluation
+        self.sums = torch.zeros(2, device=self.device)  # of loss and correct answers, read once an epoch
         self.start_epoch(0)
 
     @property
@@ -67,7 +77,7 @@ class Trainer:
         """Draw the order of the images; it follows from seed and epoch alone."""
         self.generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + epoch)
         self.order = torch.randperm(len(self.images), generator=self.generator, device=self.device)
-        self.sums = torch.zeros(2, device=self.device)  # of loss and correct answers, read once an epoch
+        self.sums.zero_()
         self.epoch_seconds = 0.0
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -96,7 +106,7 @@ class Trainer:
         self.start_epoch(epoch)
         if in_epoch:
             self.generator.set_state(tensors["generator"])
-            self.sums = tensors["sums"].to(self.device)
+            self.sums.copy_(tensors["sums"])
             self.epoch_seconds = state["epoch_seconds"]
         states = tensors["torch_rng"].view(-1, len(torch.get_rng_state()))
         if self.world.rank < len(states):  # a process that was not there goes on with the seed that it was given
@@ -105,17 +115,50 @@ class Trainer:
                 torch.cuda.set_rng_state(tensors["cuda_rng"][self.world.rank].clone(), self.device)
 
     def compile(self) -> float:
-        """Compile the step for every resolution of the recipe, and return the seconds that took; 0 where it is off."""
-        return 0.0 if self.compile_mode == "off" else warm_up(
-            self.forward, self.model, self._input_shapes(), self.autocast)
+        """Compile and record the step for every resolution of the recipe; return the seconds that took.
 
-    def price_of_determinism(self) -> float:
-        """Return how much more time a step takes with deterministic kernels, as a fraction."""
-        return price_of_determinism(self.model, self._input_shapes()[-1], self.autocast)
+        Nothing that decides the result is changed by it. There is nothing to do on a CPU without ``torch.compile``.
+        """
+        if self.compile_mode == "off" and not self.replayed:
+            return 0.0
+        started = time.perf_counter()
+        self.model.train()
+        batches = self.empty_batches()
+        with unchanged(self._all_tensors, self.device):
+            if self.replayed:
+                with side_stream(self.device):
+                    for batch in batches * WARM_UP_STEPS:
+                        self._learn(*batch)
+            else:
+                for batch in batches:
+                    self._learn(*batch)
+        if self.replayed:
+            for batch in batches:
+                self.replayed.capture(*batch)
+            self.wait()
+        return time.perf_counter() - started
 
-    def _input_shapes(self) -> list[tuple[int, int, int, int]]:
+    def empty_batches(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Return a batch of nothing for every resolution of the recipe: images, labels and targets."""
         rows, channels = self.recipe.batch_size // self.world.size, self.images.shape[-1]
-        return [(rows, channels, side, side) for side in resolutions(self.recipe, self.images.shape[1])]
+        labels = torch.zeros(rows, dtype=self.labels.dtype, device=self.device)
+        targets = torch.zeros(rows, self.model.num_classes, device=self.device)
+        return [(
+            torch.zeros(rows, channels, side, side, device=self.device).contiguous(memory_format=torch.channels_last),
+            labels, targets) for side in resolutions(self.recipe, self.images.shape[1])]
+
+    def _all_tensors(self) -> Iterator[torch.Tensor]:
+        for module in (self.model, self.ema):
+            if module is not None:
+                yield from (*module.parameters(), *module.buffers())
+        yield from (tensor for entries in self.optimizer.state.values() for tensor in entries.values()
+                    if isinstance(tensor, torch.Tensor))
+        yield self.sums
+
+    def wait(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def work(self, progress: float) -> float:
         """Return what of the computing is done at ``progress`` of the training, in no unit of its own."""
@@ -126,8 +169,12 @@ class Trainer:
         recipe, world = self.recipe, self.world
         epoch, in_epoch = divmod(self.step, self.steps_per_epoch)
         progress = self.step / self.total_steps
+        scale = lr_scale(recipe, progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_scale(recipe, progress)
+            if self.replayed:
+                group["lr"].fill_(group["base_lr"] * scale)
+            else:
+                group["lr"] = group["base_lr"] * scale
         rows = self.order[in_epoch * recipe.batch_size:(in_epoch + 1) * recipe.batch_size]
         y = self.labels[rows]
         targets = F.one_hot(y, self.model.num_classes).to(self.mean.dtype)
@@ -137,15 +184,25 @@ class Trainer:
         x = x.contiguous(memory_format=torch.channels_last)  # rotation and shift leave it otherwise
         x, y, targets = world.share(x), world.share(y), world.share(targets)
 
-        with self.autocast:
-            logits = self.forward(x)
-            loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         self.step += 1
         if self.ema is not None:
-            self.ema.update(self.model, step=self.step)
+            self.ema.set_step(self.step)
+        (self.replayed or self._learn)(x, y, targets)
+
+    def _learn(self, x: torch.Tensor, y: torch.Tensor, targets: torch.Tensor) -> None:
+        """Take the optimiser's step for a batch; on a GPU this is what a CUDA graph holds."""
+        if self.half:
+            self.half.load()
+        with self.autocast:
+            logits = self.forward(x)
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
+        loss.backward()
+        if self.half:
+            self.half.give_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.average()
         self.sums += torch.stack([loss.detach().float(), (logits.detach().argmax(1) == y).float().mean()])
 
     def _flips(self, rows: torch.Tensor, epoch: int) -> torch.Tensor:
@@ -173,7 +230,7 @@ class Trainer:
             stopped = self.world.any(stop())
             if stopped:
                 break
-        self.sums = self.world.mean(self.sums)
+        self.sums.copy_(self.world.mean(self.sums))
         loss, top1 = (self.sums / self.steps_per_epoch).tolist()  # waits for a GPU: the clock is read after it
         elapsed = time.perf_counter() - started
         self.epoch_seconds = seconds_before + elapsed
@@ -183,7 +240,7 @@ class Trainer:
         if self.step % self.steps_per_epoch:
             return stopped
         self.epochs.append(dict(
-            epoch=epoch + 1, train_loss=loss, train_top1=100 * top1, lr=self.optimizer.param_groups[0]["lr"],
+            epoch=epoch + 1, train_loss=loss, train_top1=100 * top1, lr=float(self.optimizer.param_groups[0]["lr"]),
             seconds=self.epoch_seconds,
             images_per_s=self.steps_per_epoch * self.recipe.batch_size / self.epoch_seconds))
         self.start_epoch(epoch + 1)

@@ -16,11 +16,10 @@ import cifar  # noqa: E402
 import data  # noqa: E402
 from checkpoint import FILE_NAME, load_checkpoint, save_checkpoint  # noqa: E402
 from data import corrupt_labels  # noqa: E402
-from environment import price_of_determinism, warm_up  # noqa: E402
 from errors import RunError  # noqa: E402
 from evaluate import load_exported  # noqa: E402
 from muon import orthogonalize  # noqa: E402
-from recipes import lr_scale, make_recipe, pixels_seen, resolution_at, resolutions  # noqa: E402
+from recipes import lr_scale, make_recipe, pixels_seen, resolution_at  # noqa: E402
 
 SMALL = ["--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "160", "--epochs", "2"]
 
@@ -307,27 +306,6 @@ def test_label_noise_is_of_the_share_asked_for_and_spares_no_class():
     assert torch.equal(corrupt_labels(labels, 10, 0.3, seed=0), noisy)
     assert not torch.equal(corrupt_labels(labels, 10, 0.3, seed=1), noisy)
     assert torch.equal(corrupt_labels(labels, 10, 0.0, seed=0), labels)
-
-
-def test_warming_up_leaves_the_network_as_it_was():
-    model = timm.create_model("plain_cnn8_cifar", drop_rate=0.5)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    rng = torch.get_rng_state()
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
-    sides = resolutions(make_recipe("best", "cifar10", {}), 32)
-    assert sides == [24, 32]
-    assert warm_up(model, model, [(4, 3, side, side) for side in sides], autocast) > 0
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
-    assert torch.equal(torch.get_rng_state(), rng)
-
-
-def test_price_of_determinism_is_measured_and_the_setting_kept():
-    model = timm.create_model("plain_cnn8_cifar")
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
-    # The kernels of a CPU are the same either way: what is measured is noise about 0.
-    assert -0.9 < price_of_determinism(model, (2, 3, 16, 16), autocast, steps=3) < 9
-    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_muon_update_is_orthogonal():

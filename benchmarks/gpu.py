@@ -1,0 +1,216 @@
+"""What a training step on a GPU is made of: compiled units, weights in bfloat16 beside the float32 ones, CUDA graphs.
+
+These networks have a hundred small convolutions, so a step is thousands of kernels of a few microseconds, which Python
+launches more slowly than a GPU runs them. A CUDA graph launches the whole step at once.
+"""
+import copy
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.nn as nn
+from timm.utils import ModelEmaV3
+
+from ran_layers import ResidualUnit, ResidualUnitDown, ResNeXtUnit
+from ran_layers.layers.mask_branch import MaskHead
+
+COMPILE_MODES = ("off", "units", "model")
+# A network has some twenty kinds of units, told apart by channels and size of the map; torch gives up after eight.
+_KINDS_OF_UNITS = 256
+WARM_UP_STEPS = 3  # a compiled function settles, cuDNN chooses its algorithms, the allocator finds its blocks
+
+
+def compile_model(model: nn.Module, mode: str) -> Any:
+    """Return ``model`` compiled by ``torch.compile``: unit by unit, as a whole, or (``"off"``) not at all.
+
+    Units of one kind share their code, so that a deep network compiles in the time of a shallow one. A network without
+    units of ours is compiled as a whole.
+    """
+    units = [m for m in model.modules() if type(m) in (ResidualUnit, ResidualUnitDown, ResNeXtUnit, MaskHead)]
+    if mode == "units" and units:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _KINDS_OF_UNITS)
+        for unit in units:
+            unit.compile(dynamic=False)
+        return model
+    return model if mode == "off" else torch.compile(model, dynamic=False)  # each resolution its own kernels
+
+
+class HalfWeights:
+    """A network that computes with bfloat16 copies of the convolutions' and linear layers' weights of ``model``.
+
+    Autocast casts each weight in each step, and each gradient back: hundreds of kernels. Here a few cast all. What
+    else the network has, it shares with ``model``.
+
+    Attributes:
+        net: The network to call; its other parameters and its statistics are those of ``model`` themselves.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.net = copy.deepcopy(model)
+        self.full: list[torch.Tensor] = []
+        self.half: list[torch.Tensor] = []
+        self.counters: list[torch.Tensor] = []
+        for module, own in zip(self.net.modules(), model.modules(), strict=True):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                for name, param in own.named_parameters(recurse=False):
+                    half = nn.Parameter(param.detach().to(torch.bfloat16), requires_grad=param.requires_grad)
+                    setattr(module, name, half)
+                    if param.requires_grad:
+                        self.full.append(param)
+                        self.half.append(half)
+                continue
+            module._parameters, module._buffers = own._parameters, own._buffers
+            counter = own._buffers.get("num_batches_tracked")
+            if isinstance(module, nn.BatchNorm2d) and module.momentum is not None and counter is not None:
+                # Nothing depends on it, and it would take a kernel a layer.
+                self.counters.append(counter)
+                module._buffers = {**own._buffers, "num_batches_tracked": None}
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Cast the weights, as they are now."""
+        torch._foreach_copy_(self.half, self.full)
+
+    @torch.no_grad()
+    def give_gradients(self) -> None:
+        """Hand the gradients of the copies to the weights, and count the batch."""
+        grads = [torch.empty_like(param) for param in self.full]
+        torch._foreach_copy_(grads, [half.grad for half in self.half])
+        for param, half, grad in zip(self.full, self.half, grads):
+            param.grad, half.grad = grad, None
+        if self.counters:
+            torch._foreach_add_(self.counters, 1)
+
+
+class MovingAverage(ModelEmaV3):
+    """timm's moving average of a network's weights, in a few kernels; its decay lies where a CUDA graph reads it."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        # The warm-up keeps the random initial weights out of the average.
+        super().__init__(model, decay=decay, use_warmup=True)
+        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
+        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._weight = torch.ones((), device=pairs[0][0].device)
+
+    def set_step(self, step: int) -> None:
+        """Set the decay of the next :meth:`average`, which belongs to the ``step``, counted from 1."""
+        self._weight.fill_(1 - self.get_decay(step))
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averages towards the network's weights."""
+        averages, values = zip(*self._floats)
+        steps = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(steps, self._weight)
+        torch._foreach_add_(averages, steps)
+        if self._counts:
+            averages, values = zip(*self._counts)
+            torch._foreach_copy_(averages, values)
+
+
+class Replayed:
+    """A function of tensors without a result, replayed as a CUDA graph for each shape of its first argument.
+
+    Whatever else it reads and writes must stay where it is: tensors that live on, written in place.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]] = {}
+        self.pool: Any = None
+
+    def capture(self, *inputs: torch.Tensor) -> None:
+        """Record the function for inputs of these shapes and types; it must have run for them before, unrecorded."""
+        inputs_of_graph = [tensor.clone() for tensor in inputs]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.function(*inputs_of_graph)
+        self.pool = self.pool or graph.pool()
+        self.graphs[inputs[0].shape] = graph, inputs_of_graph
+
+    def __call__(self, *inputs: torch.Tensor) -> None:
+        graph, inputs_of_graph = self.graphs[inputs[0].shape]
+        for own, given in zip(inputs_of_graph, inputs):
+            own.copy_(given)
+        graph.replay()
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Run the block on a stream of its own, as what will be captured must have run before."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+@contextmanager
+def unchanged(tensors: Callable[[], Iterable[torch.Tensor]], device: torch.device) -> Iterator[None]:
+    """Give ``tensors()`` their values back after the block, in place; those that came to be in it become zeros.
+
+    Random numbers drawn in the block do not count either.
+    """
+    before = {id(tensor): (tensor, tensor.detach().clone()) for tensor in tensors()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    with torch.no_grad():
+        for tensor in tensors():
+            if id(tensor) in before:
+                tensor.copy_(before[id(tensor)][1])
+            else:
+                tensor.zero_()
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """Have torch use the kernels it finds to be fastest, or those that always add in the same order.
+
+    To be called before the GPU is used.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def price_of_determinism(model: nn.Module, batch: torch.Tensor, autocast: Any, steps: int = 20) -> float:
+    """Return how much more time forward and backward pass take with deterministic kernels, as a fraction.
+
+    Both are replayed as CUDA graphs in turn, so that it is the kernels that are compared.
+    """
+    model = copy.deepcopy(model).train()
+
+    def step(x: torch.Tensor) -> None:
+        with autocast:
+            loss = model(x).float().mean()
+        loss.backward()
+        model.zero_grad()
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    replayed = {}
+    try:
+        for chosen in (True, False):
+            torch.use_deterministic_algorithms(chosen)
+            torch.backends.cudnn.benchmark = not chosen
+            with side_stream(batch.device):
+                for _ in range(WARM_UP_STEPS):
+                    step(batch)
+            replayed[chosen] = Replayed(step)
+            replayed[chosen].capture(batch)
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+    seconds = {True: 0.0, False: 0.0}
+    for _ in range(steps):
+        for chosen, run in replayed.items():
+            torch.cuda.synchronize(batch.device)
+            started = time.perf_counter()
+            run(batch)
+            torch.cuda.synchronize(batch.device)
+            seconds[chosen] += time.perf_counter() - started
+    return seconds[True] / seconds[False] - 1

@@ -1,0 +1,208 @@
+"""Training steps as they run on a GPU: what can be tested anywhere, and what needs a CUDA device."""
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import cifar
+from distributed import World
+from gpu import HalfWeights, MovingAverage, compile_model, price_of_determinism, unchanged
+from recipes import Recipe
+from trainer import Trainer
+
+import ran_layers  # noqa: F401
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+def small_net(device: str = "cpu", **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    model = timm.create_model("ran_att56_cifar", num_classes=4, channels=(16, 16, 32, 32), stem_chs=8, **kwargs)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def autocast(device: str, precision: str = "bf16") -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+
+
+def images(device: str, rows: int = 8, side: int = 16) -> torch.Tensor:
+    x = torch.randn(rows, 3, side, side, generator=torch.Generator().manual_seed(1))
+    return x.to(device).contiguous(memory_format=torch.channels_last)
+
+
+def trainer(device: str, compile_mode: str = "off", precision: str = "fp32", **recipe: Any) -> Trainer:
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randint(256, (64, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device)
+    labels = torch.randint(4, (64,), generator=generator).to(device)
+    return Trainer(
+        small_net(device), Recipe(epochs=4, batch_size=16, **recipe), pixels, labels, autocast(device, precision), 0,
+        World(), False, compile_mode, False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_half_weights_have_the_gradients_of_autocast(device):
+    model = small_net(device)
+    plain = copy.deepcopy(model).train()
+    half = HalfWeights(model)
+    half.net.train()
+    classes = torch.arange(8, device=device) % 4
+    for _ in range(2):  # the second pass would show gradients left over from the first
+        model.zero_grad()
+        half.load()
+        with autocast(device):
+            loss = F.cross_entropy(half.net(images(device)), classes)
+        loss.backward()
+        half.give_gradients()
+        plain.zero_grad()
+        with autocast(device):
+            expected = F.cross_entropy(plain(images(device)), classes)
+        expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    got = torch.cat([p.grad.flatten() for p in model.parameters()])
+    wanted = torch.cat([p.grad.flatten() for p in plain.parameters()])
+    assert (got - wanted).norm() < 0.1 * wanted.norm()
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    for (name, buffer), expected_buffer in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected_buffer, rtol=0.02, atol=0.02, msg=name)
+
+
+def test_moving_average_is_timms():
+    model = small_net()
+    average, expected = MovingAverage(model, 0.9), ModelEmaV3(model, decay=0.9, use_warmup=True)
+    for step in range(1, 6):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(step)
+        average.set_step(step)
+        average.average()
+        expected.update(model, step=step)
+    for name, value in average.module.state_dict().items():
+        torch.testing.assert_close(value, expected.module.state_dict()[name], msg=name)
+
+
+def test_what_runs_to_warm_up_changes_nothing():
+    training = trainer("cpu", optimizer="muon", ema_decay=0.9, drop_path=0.1, resolutions=(0.0, 24, 0.5, 32))
+    before = {name: value.clone() for name, value in training.state()[0].items()}
+    with unchanged(training._all_tensors, training.device):
+        for batch in training.empty_batches():
+            training._learn(*batch)
+    after = training.state()[0]
+    assert [batch[0].shape[-1] for batch in training.empty_batches()] == [24, 32]
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    momentum = [value for name, value in after.items() if name not in before]
+    assert momentum  # the optimiser's, which the first step makes from zeros
+    assert all(not value.any() for value in momentum)
+    assert all(p.grad is None for p in training.model.parameters())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("recipe", [
+    dict(optimizer="muon", lr=0.005, muon_sgd_lr=0.02, ema_decay=0.9), dict(optimizer="sgd", lr=0.02),
+    dict(optimizer="adam", lr=0.01)], ids=str)
+@pytest.mark.parametrize("resolutions", [(), (0.0, 24, 0.5, 32)], ids=str)
+def test_replayed_steps_are_those_of_a_cpu(recipe, resolutions, monkeypatch):
+    # Float32 products and sums that a GPU does not shorten; the drawing of crops is the devices' own, so there is none.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    recipe = dict(recipe, flip="none", pad=0, resolutions=resolutions, warmup=0.0)
+    on_gpu, on_cpu = trainer("cuda", **recipe), trainer("cpu", **recipe)
+    on_gpu.compile()
+    assert len(on_gpu.replayed.graphs) == (2 if resolutions else 1)
+    for training in (on_gpu, on_cpu):
+        training.model.train()
+        training.order = torch.arange(64, device=training.device)
+    losses = []
+    for step in range(4 if not resolutions else 10):
+        for training in (on_gpu, on_cpu):
+            training.step += 4 * (step == 5)  # into the other resolution
+            before = training.sums.clone()
+            training.train_step()
+            losses.append((training.sums - before)[0].item())
+    assert losses[::2][:3] == pytest.approx(losses[1::2][:3], rel=1e-3)
+    assert losses[::2] == pytest.approx(losses[1::2], rel=0.1)  # rounding grows from step to step
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["units", "model"])
+def test_compiled_steps_are_those_of_eager_ones(mode):
+    recipe = dict(optimizer="muon", lr=0.02, ema_decay=0.9)
+    losses = []
+    for compile_mode in ("off", mode):
+        training = trainer("cuda", compile_mode, "bf16", **recipe)
+        training.compile()
+        training.model.train()
+        for _ in range(4):
+            training.train_step()
+        losses.append((training.sums[0] / 4).item())
+        counters = {int(value) for name, value in training.model.state_dict().items() if "num_batches" in name}
+        assert counters == {4}
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.cuda
+def test_compiling_units_computes_the_same():
+    model = small_net("cuda").eval()
+    expected = model(images("cuda"))
+    torch.testing.assert_close(compile_model(model, "units")(images("cuda")), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.cuda
+def test_the_harness_on_a_gpu(tmp_path, capsys):
+    command = ["--dataset", "digits", "--epochs", "3", "--batch-size", "64", "--optimizer", "muon", "--lr", "0.02",
+               "--compile", "off", "--ema-decay", "0.9"]
+    cifar.main([*command, "--out", str(tmp_path / "whole")])
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert "NVIDIA" in result["hardware"]["name"]
+    assert result["settings"]["precision"] == "bf16"
+    assert result["final"]["top1"] > 50
+    capsys.readouterr()
+    cifar.main(["--eval-only", "--out", str(tmp_path / "whole")])
+    assert f"test top-1 {result['final']['top1']:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+def test_deterministic_runs_on_a_gpu_and_their_resumption_agree(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    command = ["--dataset", "digits", "--epochs", "2", "--compile", "off", "--deterministic", "--batch-size", "64"]
+    try:
+        for name in ("one", "two"):
+            cifar.main([*command, "--out", str(tmp_path / name)])
+        signals = iter([0] * 25 + [2])  # stopped in the second epoch
+        original = Trainer.train_epoch
+        monkeypatch.setattr(
+            Trainer, "train_epoch", lambda self, display, _: original(self, display, lambda: next(signals)))
+        with pytest.raises(SystemExit):
+            cifar.main([*command, "--out", str(tmp_path / "three")])
+        monkeypatch.setattr(Trainer, "train_epoch", original)
+        cifar.main(["--resume", "--compile", "off", "--deterministic", "--out", str(tmp_path / "three")])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    weights = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three")}
+    assert len(weights) == 1
+    assert json.loads((tmp_path / "one" / "result.json").read_text())["deterministic_price"] > -0.5
+
+
+@pytest.mark.cuda
+def test_price_of_determinism_keeps_the_setting(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    assert -0.9 < price_of_determinism(small_net("cuda"), images("cuda"), autocast("cuda"), steps=3) < 9
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.cuda
+def test_throughput_on_a_gpu(tmp_path):
+    import throughput
+
+    throughput.main(["--models", "ran_att56_cifar", "--batch-sizes", "16", "--rounds", "1", "--seconds", "0.05",
+                     "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "throughput.json").read_text())
+    assert {row["form"] for row in result["cases"]} == {"harness", "dataloader"}
+    assert all(row["peak_bytes"] > 0 and row["train"]["images_per_s"] > 0 for row in result["cases"])
