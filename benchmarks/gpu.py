@@ -51,17 +51,15 @@ class HalfWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.net = copy.deepcopy(model)
-        self.full: list[torch.Tensor] = []
-        self.half: list[torch.Tensor] = []
         self.counters: list[torch.Tensor] = []
+        halves: dict[nn.Parameter, nn.Parameter] = {}  # so that weights which layers share stay shared
         for module, own in zip(self.net.modules(), model.modules(), strict=True):
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
+            # Exactly these: a subclass may compute with its weights, as those that standardise them do.
+            if type(own) in (nn.Conv2d, nn.Linear):
                 for name, param in own.named_parameters(recurse=False):
-                    half = nn.Parameter(param.detach().to(torch.bfloat16), requires_grad=param.requires_grad)
-                    setattr(module, name, half)
-                    if param.requires_grad:
-                        self.full.append(param)
-                        self.half.append(half)
+                    if param not in halves:
+                        halves[param] = nn.Parameter(param.detach().to(torch.bfloat16), param.requires_grad)
+                    setattr(module, name, halves[param])
                 continue
             module._parameters, module._buffers = own._parameters, own._buffers
             counter = own._buffers.get("num_batches_tracked")
@@ -69,6 +67,9 @@ class HalfWeights:
                 # Nothing depends on it, and it would take a kernel a layer.
                 self.counters.append(counter)
                 module._buffers = {**own._buffers, "num_batches_tracked": None}
+        trained = [(full, half) for full, half in halves.items() if full.requires_grad]
+        self.full: list[torch.Tensor] = [full for full, _ in trained]
+        self.half: list[torch.Tensor] = [half for _, half in trained]
 
     @torch.no_grad()
     def load(self) -> None:
@@ -78,10 +79,12 @@ class HalfWeights:
     @torch.no_grad()
     def give_gradients(self) -> None:
         """Hand the gradients of the copies to the weights, and count the batch."""
-        grads = [torch.empty_like(param) for param in self.full]
-        torch._foreach_copy_(grads, [half.grad for half in self.half])
-        for param, half, grad in zip(self.full, self.half, grads):
-            param.grad, half.grad = grad, None
+        used = [(full, half) for full, half in zip(self.full, self.half) if half.grad is not None]
+        for full, half in used:
+            full.grad = torch.empty_like(full)
+        torch._foreach_copy_([full.grad for full, _ in used], [half.grad for _, half in used])
+        for _, half in used:
+            half.grad = None
         if self.counters:
             torch._foreach_add_(self.counters, 1)
 

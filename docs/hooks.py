@@ -24,6 +24,7 @@ WEIGHTS = REPOSITORY / "ran_layers" / "weights"
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+from display import duration  # noqa: E402
 from environment import machine  # noqa: E402
 from evaluate import count_macs  # noqa: E402
 from recipes import RECIPES  # noqa: E402
@@ -84,18 +85,18 @@ def shipped_weights() -> str:
         f"{result['macs'] / 1e6:.1f} M",
         f"`{result['recipe']}`, {' + '.join(str(run['epochs']) for run in _runs(result))} epochs",
         f"{machine(result['hardware'])}, {result['settings']['precision']}, "
-        f"{sum(run['seconds'] for run in _runs(result)) / 3600:.1f} h",
-        _images_per_s(throughput, result["model"], result["settings"]["batch_size"]),
+        f"{duration(sum(run['seconds'] for run in _runs(result)))}",
+        _images_per_s(throughput, result["model"]),
         next((f"{row['mean']:.2f} %" for row in (robustness or {}).get("results", ()) if row["model"] == name), "-"),
     ) for name, result in results.items()]
     commands = "\n\n".join(
         "\n".join((f"# {name}", *(run["command"] for run in _runs(result)))) for name, result in results.items())
-    head = ("weights", "test error", "parameters", "MACs", "recipe", "trained on", "images/s", "corrupted images")
+    head = ("weights", "test error", "parameters", "MACs", "recipe", "trained on, in", "images/s", "corrupted images")
     text = table(head, "lrrrllrr", rows)
     mirrored = ", ".join(f"`{name}` {100 - result['final']['top1_flip']:.2f} %" for name, result in results.items())
     text += f"\n\nWith the outputs averaged over each image and its mirror image: {mirrored}."
     if throughput:
-        text += ("\n\nImages/s: forward and training, in batches of the recipe's size, "
+        text += ("\n\nImages/s: forward and training, in the largest of the batches measured, "
                  f"`{throughput['command']}` on {machine(throughput['hardware'])}.")
     return f"{text}\n\nTrained by\n\n```text\n{commands}\n```\n\n{_corruptions(robustness)}"
 
@@ -105,11 +106,27 @@ def _runs(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [*result.get("earlier", ()), {**result, "epochs": len(result["epochs"])}]
 
 
-def _images_per_s(throughput: dict[str, Any] | None, model: str, batch_size: int) -> str:
-    for row in (throughput or {}).get("cases", ()):
-        if (row["form"], row["model"], row["batch_size"]) == ("harness", model, batch_size):
-            return f"{row['forward']['images_per_s']:.0f}, {row['train']['images_per_s']:.0f}"
-    return "-"
+def _images_per_s(throughput: dict[str, Any] | None, model: str) -> str:
+    """Speed in the largest of the batches that were measured."""
+    rows = [row for row in (throughput or {}).get("cases", ()) if (row["form"], row["model"]) == ("harness", model)]
+    if not rows:
+        return "-"
+    row = max(rows, key=lambda row: row["batch_size"])
+    return f"{row['forward']['images_per_s']:.0f}, {row['train']['images_per_s']:.0f}"
+
+
+def trained_on_gpu() -> str:
+    """Speed of trainings on a GPU, by epoch."""
+    rows = []
+    for file in sorted((REPOSITORY / "benchmarks" / "results" / "study").glob("*.json")):
+        result = json.loads(file.read_text())
+        if result["hardware"]["device"] == "cuda":
+            speeds = sorted(epoch["images_per_s"] for epoch in result["epochs"])
+            rows.append((
+                f"`{result['model']}`", result["dataset"], str(result["settings"]["batch_size"]), f"{speeds[-1]:,.0f}",
+                f"{speeds[0]:,.0f}", f"{result['compile_seconds']:.0f} s", result["hardware"]["name"]))
+    head = ("network", "data set", "batch", "fastest epoch, images/s", "slowest", "compilation", "on")
+    return table(head, "llrrrrl", rows)
 
 
 def _corruptions(robustness: dict[str, Any] | None) -> str:
@@ -139,7 +156,7 @@ def time_to_accuracy() -> str:
             if seconds is not None and seconds < fastest.get(key, (float("inf"),))[0]:
                 fastest[key] = seconds, result
     rows = [(
-        f"{goal:g} %", f"`{model}`", f"{seconds / 60:.1f} min", f"{len(result['epochs'])}",
+        f"{goal:g} %", f"`{model}`", duration(seconds), f"{len(result['epochs'])}",
         f"{result['compile_seconds']:.0f} s" if result["compile_seconds"] else "-", name, f"`{result['command']}`",
     ) for (goal, model, name), (seconds, result) in sorted(fastest.items())]
     return table(("accuracy", "network", "training", "epochs of the run", "compilation", "on", "command"), "llrrrll",
@@ -268,5 +285,6 @@ def resnet18_attention(result: dict[str, Any]) -> str:
 
 
 TABLES = {"model-zoo": model_zoo, "published": published, "recipes": recipes, "shipped-weights": shipped_weights,
+          "trained-on-gpu": trained_on_gpu,
           "time-to-accuracy": time_to_accuracy, "survive": survive, "scaling": scaling, "throughput": throughput,
           "throughput-elsewhere": throughput_elsewhere, "fuse": fuse, "resnet18-attention": resnet18_attention}

@@ -75,6 +75,22 @@ def test_half_weights_have_the_gradients_of_autocast(device):
         torch.testing.assert_close(buffer, expected_buffer, rtol=0.02, atol=0.02, msg=name)
 
 
+def test_half_weights_keep_what_is_shared_and_leave_alone_what_computes_with_its_weights():
+    first, second, standardised = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), timm.layers.StdConv2d(3, 8, 3)
+    second.weight = first.weight
+    half = HalfWeights(torch.nn.Sequential(first, second, standardised))
+    assert half.net[0].weight is half.net[1].weight
+    assert half.net[0].weight.dtype == half.net[1].bias.dtype == torch.bfloat16
+    assert half.net[2].weight is standardised.weight
+    x = torch.ones(1, 4, dtype=torch.bfloat16)
+    half.net[1](half.net[0](x)).sum().backward()
+    half.give_gradients()
+    with_float32 = copy.deepcopy(torch.nn.Sequential(first, second))
+    with_float32.zero_grad()
+    with_float32(x.float()).sum().backward()
+    torch.testing.assert_close(first.weight.grad, with_float32[0].weight.grad, rtol=0.05, atol=0.05)
+
+
 def test_moving_average_is_timms():
     model = small_net()
     average, expected = MovingAverage(model, 0.9), ModelEmaV3(model, decay=0.9, use_warmup=True)
