@@ -80,7 +80,7 @@ class HalfWeights:
     def give_gradients(self) -> None:
         """Hand the gradients of the copies to the weights, and count the batch."""
         used = [(full, half) for full, half in zip(self.full, self.half) if half.grad is not None]
-        for full, half in used:
+        for full, _ in used:
             full.grad = torch.empty_like(full)
         torch._foreach_copy_([full.grad for full, _ in used], [half.grad for _, half in used])
         for _, half in used:

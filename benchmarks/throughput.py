@@ -188,13 +188,16 @@ class Harness(Case):
             self.autocast, 0, World(), False, compile_mode, kernels)
         self.compile_seconds = self.trainer.compile()
         self.batch = self.trainer.empty_batches()[-1][0].normal_()
-        self.replayed = None
+        self.replayed, self.net = None, model
         if device.type == "cuda":
-            model.eval()
+            if self.trainer.half:
+                self.net = self.trainer.half.net  # whose weights need no casting
+            self.net.eval()
             with side_stream(device):
                 self._forward(self.batch)
             self.replayed = Replayed(self._forward)
             self.replayed.capture(self.batch)
+            self.net.train()
 
     def train_step(self) -> None:
         self.trainer.train_step()
@@ -202,7 +205,7 @@ class Harness(Case):
     @torch.no_grad()
     def _forward(self, x: torch.Tensor) -> None:
         with self.autocast:
-            self.model(x)
+            self.net(x)
 
     def forward_step(self) -> None:
         (self.replayed or self._forward)(self.batch)
