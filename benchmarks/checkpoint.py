@@ -65,9 +65,10 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
         self.thread.shutdown()
-        self.wait()
+        if kind is None:  # otherwise what ended the run is what has to be told
+            self.wait()
 
     def save(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint of ``tensors`` and ``state`` as they are now."""

@@ -176,9 +176,9 @@ def train(args: argparse.Namespace) -> None:
         })
     compile_seconds = trainer.compile()
     if world.main and compile_seconds:
-        print(f"compiled in {duration(compile_seconds)}", flush=True)
+        print(f"prepared the steps in {duration(compile_seconds)}", flush=True)
     price = None
-    if args.deterministic and device.type == "cuda":
+    if args.deterministic and trainer.replayed:
         price = price_of_determinism(model, trainer.empty_batches()[-1][0], autocast)
         if world.main:
             print(f"--deterministic: {price:.1%} more time a step", flush=True)
@@ -304,6 +304,7 @@ def _run_epochs(
             try:
                 stopped = trainer.train_epoch(display, lambda: stop["signal"])
             except RunError as error:
+                writer.wait()
                 there = (out / FILE_NAME).exists()
                 kept = f"the last good checkpoint is kept in {out}" if there else "there was no checkpoint yet"
                 raise RunError(f"{error}; {kept}; try a lower --lr") from error

@@ -1,4 +1,4 @@
-"""The machine a run is on: device, compilation, determinism, and the facts that belong beside a measured figure."""
+"""The machine a run is on: device, precision, memory, and the facts that belong beside a measured figure."""
 import ctypes
 import os
 import platform
@@ -24,6 +24,8 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # what names no device, as the recording of a CUDA graph, goes there too
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RunError(f"--device {name} is not to be had here ({first_line(error)})") from error
     if device.type == "meta":

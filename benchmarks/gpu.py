@@ -32,7 +32,8 @@ def compile_model(model: nn.Module, mode: str) -> Any:
     """
     units = [m for m in model.modules() if type(m) in (ResidualUnit, ResidualUnitDown, ResNeXtUnit, MaskHead)]
     if mode == "units" and units:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _KINDS_OF_UNITS)
+        config: Any = torch._dynamo.config  # by its older name, which all versions know
+        config.cache_size_limit = max(config.cache_size_limit, _KINDS_OF_UNITS)
         for unit in units:
             unit.compile(dynamic=False)
         return model
@@ -67,9 +68,8 @@ class HalfWeights:
                 # Nothing depends on it, and it would take a kernel a layer.
                 self.counters.append(counter)
                 module._buffers = {**own._buffers, "num_batches_tracked": None}
-        trained = [(full, half) for full, half in halves.items() if full.requires_grad]
-        self.full: list[torch.Tensor] = [full for full, _ in trained]
-        self.half: list[torch.Tensor] = [half for _, half in trained]
+        self.full: list[torch.Tensor] = list(halves)
+        self.half: list[torch.Tensor] = list(halves.values())
 
     @torch.no_grad()
     def load(self) -> None:
@@ -95,7 +95,9 @@ class MovingAverage(ModelEmaV3):
     def __init__(self, model: nn.Module, decay: float) -> None:
         # The warm-up keeps the random initial weights out of the average.
         super().__init__(model, decay=decay, use_warmup=True)
-        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
+        # Each once, also where layers share one.
+        pairs = list({value.data_ptr(): (average, value) for average, value in zip(
+            self.module.state_dict().values(), model.state_dict().values(), strict=True)}.values())
         self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
         self._weight = torch.ones((), device=pairs[0][0].device)
@@ -187,6 +189,7 @@ def price_of_determinism(model: nn.Module, batch: torch.Tensor, autocast: Any, s
     Both are replayed as CUDA graphs in turn, so that it is the kernels that are compared.
     """
     model = copy.deepcopy(model).train()
+    device = batch.device
 
     def step(x: torch.Tensor) -> None:
         with autocast:
@@ -196,24 +199,25 @@ def price_of_determinism(model: nn.Module, batch: torch.Tensor, autocast: Any, s
 
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     replayed = {}
-    try:
-        for chosen in (True, False):
-            torch.use_deterministic_algorithms(chosen)
-            torch.backends.cudnn.benchmark = not chosen
-            with side_stream(batch.device):
-                for _ in range(WARM_UP_STEPS):
-                    step(batch)
-            replayed[chosen] = Replayed(step)
-            replayed[chosen].capture(batch)
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
     seconds = {True: 0.0, False: 0.0}
-    for _ in range(steps):
-        for chosen, run in replayed.items():
-            torch.cuda.synchronize(batch.device)
-            started = time.perf_counter()
-            run(batch)
-            torch.cuda.synchronize(batch.device)
-            seconds[chosen] += time.perf_counter() - started
+    with torch.random.fork_rng([device]):  # a run draws the same numbers with this measurement and without
+        try:
+            for chosen in (True, False):
+                torch.use_deterministic_algorithms(chosen)
+                torch.backends.cudnn.benchmark = not chosen
+                with side_stream(device):
+                    for _ in range(WARM_UP_STEPS):
+                        step(batch)
+                replayed[chosen] = Replayed(step)
+                replayed[chosen].capture(batch)
+        finally:
+            torch.use_deterministic_algorithms(before[0])
+            torch.backends.cudnn.benchmark = before[1]
+        for _ in range(steps):
+            for chosen, run in replayed.items():
+                torch.cuda.synchronize(device)
+                started = time.perf_counter()
+                run(batch)
+                torch.cuda.synchronize(device)
+                seconds[chosen] += time.perf_counter() - started
     return seconds[True] / seconds[False] - 1

@@ -2,8 +2,8 @@
 
 Keller Jordan et al., `Muon: An optimizer for hidden layers in neural networks` - https://kellerjordan.github.io/posts/muon/
 
-Residual Attention Networks have a hundred small convolutions of few different shapes, so all of one shape are
-orthogonalised in one batched product; one product each would cost a tenth of the training time on a CPU.
+Residual Attention Networks have a hundred small convolutions, so all whose shorter side is equal are orthogonalised in
+one batched product; one product each would cost a tenth of the training time on a CPU.
 """
 from collections.abc import Iterable
 from typing import Any
@@ -96,8 +96,7 @@ def orthogonalize(updates: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return result
 
 
-# Columns in the order of the memory of weights that are channels last, so that nothing is copied; their order does not
-# matter to the factor.
+# Columns in the order in which weights that are channels last lie in memory; it does not matter to the factor.
 def _matrix(x: torch.Tensor) -> torch.Tensor:
     return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).flatten(1)
 
@@ -117,7 +116,7 @@ def _newton_schulz(gram: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # the quintic of the reference implementation: steepest at 0
     scaled_identity = a * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    product = gram
+    product: Any = None
     for step in range(steps):
         factor = torch.baddbmm(b * gram + scaled_identity, gram, gram, alpha=c)
         product = factor if step == 0 else factor @ product

@@ -96,7 +96,8 @@ class Trainer:
             step=self.step, epochs=self.epochs, seconds=self.seconds, epoch_seconds=self.epoch_seconds)
 
     def restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        """Put back what :meth:`state` returned."""
+        """Put back what :meth:`state` returned; to be called before :meth:`compile`, which records where all lies."""
+        assert not (self.replayed and self.replayed.graphs), "restore() must come before compile()"
         self.model.load_state_dict(without_prefix("model", tensors))
         load_optimizer_tensors(self.optimizer, without_prefix("optimizer", tensors))
         if self.ema is not None:
@@ -133,9 +134,10 @@ class Trainer:
                 for batch in batches:
                     self._learn(*batch)
         if self.replayed:
+            torch.cuda.reset_peak_memory_stats(self.device)  # what was tried out before is not what a step needs
             for batch in batches:
                 self.replayed.capture(*batch)
-            self.wait()
+        self.wait()
         return time.perf_counter() - started
 
     def empty_batches(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

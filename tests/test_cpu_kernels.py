@@ -303,7 +303,7 @@ def test_gradients_of_a_network_are_as_exact_as_those_of_torch():
 
 def test_obstacles_are_named(monkeypatch, capsys, tmp_path):
     assert "the device is cuda" in why_no_kernels(torch.device("cuda"), "off")
-    assert "--compile" in why_no_kernels(CPU, "default")
+    assert "--compile" in why_no_kernels(CPU, "units")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: None)
     monkeypatch.setattr(cpu_kernels, "library", library.__wrapped__)

@@ -33,6 +33,15 @@ def test_shipped_weights_come_with_their_result(name):
     assert len(result["epochs"]) == result["settings"]["epochs"]
 
 
+def test_robustness_was_measured_with_the_shipped_weights():
+    rows = json.loads((REPOSITORY / "benchmarks" / "results" / "robustness.json").read_text())["results"]
+    assert {row["model"] for row in rows} == set(SHIPPED)
+    for row in rows:
+        result = json.loads((REPOSITORY / "ran_layers" / "weights" / f"{row['model']}.json").read_text())
+        # Another precision, of the other device, turns some of 10,000 answers.
+        assert row["clean"] == pytest.approx(result["final"]["error"], abs=0.25)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_weights_have_the_accuracy_they_claim(name, data_dir):
     result = json.loads((REPOSITORY / "ran_layers" / "weights" / f"{name}.json").read_text())
