@@ -4,7 +4,6 @@ The file is written under a temporary name, flushed to the disk and renamed, so 
 Nothing is ever unpickled.
 """
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -47,8 +46,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: dict[str, Any]) -> None:
     """Write the checkpoint of a run: ``tensors`` by name and ``state``, anything that JSON holds."""
+    write_atomic(folder / FILE_NAME, _content(tensors, state))
+
+
+def _content(tensors: Mapping[str, torch.Tensor], state: dict[str, Any]) -> bytes:
     arrays = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(folder / FILE_NAME, save(arrays, metadata={"state": json.dumps(state)}))
+    return save(arrays, metadata={"state": json.dumps(state)})
 
 
 class CheckpointWriter:
@@ -73,9 +76,9 @@ class CheckpointWriter:
     def save(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint of ``tensors`` and ``state`` as they are now."""
         self.wait()
-        # Copies: the run changes its tensors in place, and the epochs in its state.
-        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self.pending = self.thread.submit(save_checkpoint, self.folder, tensors, copy.deepcopy(state))
+        # The thread only writes. If it worked on tensors, OpenMP would have more threads than a CPU has cores, and from
+        # then on let them sleep where they wait for each other: training would be half as fast.
+        self.pending = self.thread.submit(write_atomic, self.folder / FILE_NAME, _content(tensors, state))
 
     def wait(self) -> None:
         """Wait until what was saved last is on the disk."""
