@@ -44,16 +44,6 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: dict[str, Any]) -> None:
-    """Write the checkpoint of a run: ``tensors`` by name and ``state``, anything that JSON holds."""
-    write_atomic(folder / FILE_NAME, _content(tensors, state))
-
-
-def _content(tensors: Mapping[str, torch.Tensor], state: dict[str, Any]) -> bytes:
-    arrays = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return save(arrays, metadata={"state": json.dumps(state)})
-
-
 class CheckpointWriter:
     """Writes the checkpoints of a run while the run goes on; leaving its block waits for the last one.
 
@@ -74,11 +64,13 @@ class CheckpointWriter:
             self.wait()
 
     def save(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any]) -> None:
-        """Write a checkpoint of ``tensors`` and ``state`` as they are now."""
+        """Write a checkpoint, as all is now: ``tensors`` by name and ``state``, anything that JSON holds."""
         self.wait()
+        arrays = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        content = save(arrays, metadata={"state": json.dumps(state)})
         # The thread only writes. If it worked on tensors, OpenMP would have more threads than a CPU has cores, and from
         # then on let them sleep where they wait for each other: training would be half as fast.
-        self.pending = self.thread.submit(write_atomic, self.folder / FILE_NAME, _content(tensors, state))
+        self.pending = self.thread.submit(write_atomic, self.folder / FILE_NAME, content)
 
     def wait(self) -> None:
         """Wait until what was saved last is on the disk."""

@@ -31,6 +31,7 @@ from environment import (
     hardware,
     keep_freed_memory,
     pick_device,
+    synchronize,
     versions,
 )
 from errors import RunError, told_in_one_line
@@ -299,7 +300,7 @@ def _run_epochs(
     trainer.model.train()
     with CheckpointWriter(out) as writer, Display(
             trainer.recipe.epochs, trainer.steps_per_epoch, trainer.recipe.batch_size, trainer.step,
-            work=trainer.work, quiet=not world.main, wait=trainer.wait) as display:
+            work=trainer.work, quiet=not world.main, wait=lambda: synchronize(trainer.device)) as display:
         while trainer.step < trainer.total_steps and not stopped:
             try:
                 stopped = trainer.train_epoch(display, lambda: stop["signal"])

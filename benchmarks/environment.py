@@ -33,6 +33,12 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, where it works asynchronously."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def keep_freed_memory() -> None:
     """Have the allocator keep what is freed, and on large pages; to be called before the first tensor is made.
 

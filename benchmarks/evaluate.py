@@ -17,19 +17,18 @@ from torch.utils.flop_counter import FlopCounterMode
 @torch.inference_mode()
 def evaluate(
         model: Any, images: torch.Tensor, labels: torch.Tensor, device: torch.device, autocast: Any,
-        flip: bool = False, batch_size: int = 0, world: World | None = None,
+        flip: bool = False, world: World | None = None,
 ) -> dict[str, float]:
     """Return top-1 and top-5 accuracy in percent of ``model`` on uint8 ``images`` ``(rows, height, width, channels)``.
 
     Args:
         world: Each of its processes takes a part of the images; all get the figures of the whole.
         flip: Average the logits of each image and its mirror image (test-time augmentation).
-        batch_size: Images at once; if 0, 500 on a CPU and 2500 on a GPU, where an evaluation then takes less time than
-            it would take to compile it.
     """
     was_training = model.training
     model.eval()
-    batch_size = batch_size or (2500 if device.type == "cuda" else 500)
+    # On a GPU so many at once that an evaluation takes less time than it would take to compile it.
+    batch_size = 2500 if device.type == "cuda" else 500
     mean = torch.tensor(model.pretrained_cfg["mean"], device=device) * 255
     std = torch.tensor(model.pretrained_cfg["std"], device=device) * 255
     correct = torch.zeros(2, dtype=torch.long, device=device)

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from arguments import check_models, positive
 from checkpoint import write_json
-from environment import command_line, hardware, pick_device, versions
+from environment import command_line, hardware, pick_device, synchronize, versions
 from errors import RunError, told_in_one_line
 
 import ran_layers
@@ -72,11 +72,6 @@ def measure(model: nn.Module, images: torch.Tensor, rounds: int) -> dict[str, An
             for name, times in seconds.items()
         },
     }
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.nn as nn
+from environment import synchronize
 from timm.utils import ModelEmaV3
 
 from ran_layers import ResidualUnit, ResidualUnitDown, ResNeXtUnit
@@ -47,11 +48,12 @@ class HalfWeights:
     else the network has, it shares with ``model``.
 
     Attributes:
-        net: The network to call; its other parameters and its statistics are those of ``model`` themselves.
+        net: The network to call, in training mode; its other parameters and its statistics are those of ``model``
+            themselves.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.net = copy.deepcopy(model)
+        self.net = copy.deepcopy(model).train()
         self.counters: list[torch.Tensor] = []
         halves: dict[nn.Parameter, nn.Parameter] = {}  # so that weights which layers share stay shared
         for module, own in zip(self.net.modules(), model.modules(), strict=True):
@@ -215,9 +217,9 @@ def price_of_determinism(model: nn.Module, batch: torch.Tensor, autocast: Any, s
             torch.backends.cudnn.benchmark = before[1]
         for _ in range(steps):
             for chosen, run in replayed.items():
-                torch.cuda.synchronize(device)
+                synchronize(device)
                 started = time.perf_counter()
                 run(batch)
-                torch.cuda.synchronize(device)
+                synchronize(device)
                 seconds[chosen] += time.perf_counter() - started
     return seconds[True] / seconds[False] - 1

@@ -30,7 +30,16 @@ from arguments import check_models, positive, positive_seconds
 from checkpoint import write_atomic, write_json
 from cpu_kernels import kernels_pay, why_no_kernels
 from distributed import World
-from environment import bf16_is_fast, command_line, hardware, keep_freed_memory, machine, pick_device, versions
+from environment import (
+    bf16_is_fast,
+    command_line,
+    hardware,
+    keep_freed_memory,
+    machine,
+    pick_device,
+    synchronize,
+    versions,
+)
 from errors import told_in_one_line
 from evaluate import count_macs
 from gpu import Replayed, choose_kernels, side_stream
@@ -280,12 +289,6 @@ class _Images(TorchDataset):
         from PIL import Image
 
         return self.transform(Image.fromarray(self.arrays[i % ROWS])), self.labels[i % ROWS]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, where it works asynchronously."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_rss(function: Callable[[], Any]) -> int:

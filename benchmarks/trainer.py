@@ -10,6 +10,7 @@ from checkpoint import load_optimizer_tensors, optimizer_tensors, prefixed, with
 from cpu_modules import use_cpu_kernels
 from display import Display
 from distributed import World, data_parallel, sync_batch_norm
+from environment import synchronize
 from errors import RunError
 from gpu import WARM_UP_STEPS, HalfWeights, MovingAverage, Replayed, compile_model, side_stream, unchanged
 from recipes import Recipe, lr_scale, make_optimizer, pixels_seen, resolutions
@@ -47,8 +48,6 @@ class Trainer:
         with autocast:
             half = torch.is_autocast_enabled(self.device.type)
         self.half = HalfWeights(model) if self.replayed and half else None
-        if self.half is not None:
-            self.half.net.train()
         if self.replayed:
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.zeros((), device=self.device)  # where a graph reads it
@@ -137,7 +136,7 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)  # what was tried out before is not what a step needs
             for batch in batches:
                 self.replayed.capture(*batch)
-        self.wait()
+        synchronize(self.device)
         return time.perf_counter() - started
 
     def empty_batches(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -156,11 +155,6 @@ class Trainer:
         yield from (tensor for entries in self.optimizer.state.values() for tensor in entries.values()
                     if isinstance(tensor, torch.Tensor))
         yield self.sums
-
-    def wait(self) -> None:
-        """Wait until the device has done all that it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def work(self, progress: float) -> float:
         """Return what of the computing is done at ``progress`` of the training, in no unit of its own."""

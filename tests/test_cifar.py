@@ -14,7 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import augment  # noqa: E402
 import cifar  # noqa: E402
 import data  # noqa: E402
-from checkpoint import FILE_NAME, CheckpointWriter, load_checkpoint, save_checkpoint  # noqa: E402
+from checkpoint import FILE_NAME, CheckpointWriter, load_checkpoint  # noqa: E402
 from data import corrupt_labels  # noqa: E402
 from errors import RunError  # noqa: E402
 from evaluate import load_exported  # noqa: E402
@@ -145,14 +145,16 @@ def test_damaged_checkpoint(tmp_path, capsys):
 
 
 def test_failed_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, {"a": torch.ones(2)}, {"step": 1})
+    with CheckpointWriter(tmp_path) as writer:
+        writer.save({"a": torch.ones(2)}, {"step": 1})
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RunError, match="No space left on device; the previous file is untouched"):
-        save_checkpoint(tmp_path, {"a": torch.zeros(2)}, {"step": 2})
+    message = "No space left on device; the previous file is untouched"
+    with pytest.raises(RunError, match=message), CheckpointWriter(tmp_path) as writer:
+        writer.save({"a": torch.zeros(2)}, {"step": 2})
     tensors, state = load_checkpoint(tmp_path)
     assert state == {"step": 1}
     assert tensors["a"].tolist() == [1, 1]

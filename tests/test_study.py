@@ -14,7 +14,7 @@ import scaling  # noqa: E402
 import study  # noqa: E402
 import study_report  # noqa: E402
 import throughput  # noqa: E402
-from checkpoint import save_checkpoint  # noqa: E402
+from checkpoint import CheckpointWriter  # noqa: E402
 from environment import bf16_is_fast, machine  # noqa: E402
 from experiments import EXPERIMENTS, TABLES, Experiment, Row, Table, cite  # noqa: E402
 from recipes import make_recipe  # noqa: E402
@@ -151,7 +151,8 @@ def test_budget_picks_what_fits(tiny, tmp_path):
     assert study.choose(runs, clock, None) == (runs, [])
     # Of one that was interrupted after three of its four epochs, a quarter is left.
     (tmp_path / "runs" / runs[2].stem).mkdir(parents=True)
-    save_checkpoint(tmp_path / "runs" / runs[2].stem, {}, {"epochs": [{}] * 3})
+    with CheckpointWriter(tmp_path / "runs" / runs[2].stem) as writer:
+        writer.save({}, {"epochs": [{}] * 3})
     assert clock.seconds(runs[2]) == pytest.approx(seconds / 4)
     (tmp_path / "runs" / runs[3].stem).mkdir()
     (tmp_path / "runs" / runs[3].stem / "checkpoint.safetensors").write_text("damaged")
