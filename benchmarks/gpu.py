@@ -22,7 +22,7 @@ from ran_layers.layers.mask_branch import MaskHead
 COMPILE_MODES = ("off", "units", "model")
 # A network has some twenty kinds of units, told apart by channels and size of the map; torch gives up after eight.
 _KINDS_OF_UNITS = 256
-WARM_UP_STEPS = 3  # a compiled function settles, cuDNN chooses its algorithms, the allocator finds its blocks
+WARM_UP_RUNS = 3  # a compiled function settles, cuDNN chooses its algorithms, the allocator finds its blocks
 
 
 def compile_model(model: nn.Module, mode: str) -> Any:
@@ -132,7 +132,18 @@ class Replayed:
         self.pool: Any = None
 
     def capture(self, *inputs: torch.Tensor) -> None:
-        """Record the function for inputs of these shapes and types; it must have run for them before, unrecorded."""
+        """Record the function for inputs of these shapes and types, after it has run for them to warm up.
+
+        The peak of the memory in use is counted from the recording on: what was tried out before is not needed again.
+        """
+        device = inputs[0].device
+        current, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):  # where recording happens too
+            for _ in range(WARM_UP_RUNS):
+                self.function(*inputs)
+        current.wait_stream(aside)
+        torch.cuda.reset_peak_memory_stats(device)
         inputs_of_graph = [tensor.clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
@@ -145,16 +156,6 @@ class Replayed:
         for own, given in zip(inputs_of_graph, inputs):
             own.copy_(given)
         graph.replay()
-
-
-@contextmanager
-def side_stream(device: torch.device) -> Iterator[None]:
-    """Run the block on a stream of its own, as what will be captured must have run before."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 @contextmanager
@@ -207,9 +208,6 @@ def price_of_determinism(model: nn.Module, batch: torch.Tensor, autocast: Any, s
             for chosen in (True, False):
                 torch.use_deterministic_algorithms(chosen)
                 torch.backends.cudnn.benchmark = not chosen
-                with side_stream(device):
-                    for _ in range(WARM_UP_STEPS):
-                        step(batch)
                 replayed[chosen] = Replayed(step)
                 replayed[chosen].capture(batch)
         finally:

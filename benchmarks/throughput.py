@@ -42,7 +42,7 @@ from environment import (
 )
 from errors import told_in_one_line
 from evaluate import count_macs
-from gpu import Replayed, choose_kernels, side_stream
+from gpu import Replayed, choose_kernels
 from recipes import Recipe, make_optimizer
 from timm import create_model
 from torch.utils.data import DataLoader
@@ -213,8 +213,6 @@ class Harness(Case):
             if self.trainer.half:
                 self.net = self.trainer.half.net  # whose weights need no casting
             self.net.eval()
-            with side_stream(device):
-                self._forward(self.batch)
             self.replayed = Replayed(self._forward)
             self.replayed.capture(self.batch)
             self.net.train()

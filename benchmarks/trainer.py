@@ -12,7 +12,7 @@ from display import Display
 from distributed import World, data_parallel, sync_batch_norm
 from environment import synchronize
 from errors import RunError
-from gpu import WARM_UP_STEPS, HalfWeights, MovingAverage, Replayed, compile_model, side_stream, unchanged
+from gpu import HalfWeights, MovingAverage, Replayed, compile_model, unchanged
 from recipes import Recipe, lr_scale, make_optimizer, pixels_seen, resolutions
 
 
@@ -125,17 +125,8 @@ class Trainer:
         self.model.train()
         batches = self.empty_batches()
         with unchanged(self._all_tensors, self.device):
-            if self.replayed:
-                with side_stream(self.device):
-                    for batch in batches * WARM_UP_STEPS:
-                        self._learn(*batch)
-            else:
-                for batch in batches:
-                    self._learn(*batch)
-        if self.replayed:
-            torch.cuda.reset_peak_memory_stats(self.device)  # what was tried out before is not what a step needs
             for batch in batches:
-                self.replayed.capture(*batch)
+                self.replayed.capture(*batch) if self.replayed else self._learn(*batch)
         synchronize(self.device)
         return time.perf_counter() - started
 

@@ -104,7 +104,8 @@ class _UpStep(nn.Module):
 
 def upsample_to(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Bilinear interpolation to the recorded height and width of ``target``: any size fits, odd ones too."""
-    return F.interpolate(x, size=target.shape[-2:], mode="bilinear", align_corners=False)
+    # Autocast interpolates in float32; all maps after it would stay in that.
+    return F.interpolate(x, size=target.shape[-2:], mode="bilinear", align_corners=False).to(x.dtype)
 
 
 class SoftMaskBranch(nn.Module, HubMixin):
