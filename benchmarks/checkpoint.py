@@ -6,16 +6,19 @@ Nothing is ever unpickled.
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from errors import RunError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.numpy import save
+from safetensors.torch import load
 
 FILE_NAME = "checkpoint.safetensors"
 
@@ -47,13 +50,14 @@ def write_json(path: Path, value: Any) -> None:
 class CheckpointWriter:
     """Writes the checkpoints of a run while the run goes on; leaving its block waits for the last one.
 
-    What fails in writing is raised by the next :meth:`save` or at the end of the block.
+    Where the disk is slower than the epochs, a checkpoint that still waits for its turn gives way to the next one.
+    What fails in writing is raised by a later :meth:`save` or at the end of the block.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.thread = ThreadPoolExecutor(1)
-        self.pending: Future[None] | None = None
+        self.pending: list[Future[None]] = []  # the one that is being written, and the one after it
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -65,18 +69,57 @@ class CheckpointWriter:
 
     def save(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint, as all is now: ``tensors`` by name and ``state``, anything that JSON holds."""
-        self.wait()
-        arrays = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        content = save(arrays, metadata={"state": json.dumps(state)})
-        # The thread only writes. If it worked on tensors, OpenMP would have more threads than a CPU has cores, and from
-        # then on let them sleep where they wait for each other: training would be half as fast.
-        self.pending = self.thread.submit(write_atomic, self.folder / FILE_NAME, content)
+        while self.pending and self.pending[0].done():
+            self.pending.pop(0).result()
+        if self.pending and self.pending[-1].cancel():
+            self.pending.pop()
+        self.pending.append(self.thread.submit(self._write, Snapshot(tensors), json.dumps(state)))
+
+    def _write(self, snapshot: "Snapshot", state: str) -> None:
+        write_atomic(self.folder / FILE_NAME, save(snapshot.arrays(), metadata={"state": state}))
 
     def wait(self) -> None:
         """Wait until what was saved last is on the disk."""
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.result()
+        while self.pending:
+            self.pending.pop(0).result()
+
+
+class Snapshot:
+    """Copies of ``tensors`` as they are now, which a GPU hands over while it goes on.
+
+    A network has more than a thousand of them; one copy each would take half as long as an epoch on a GPU.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+        for name, tensor in tensors.items():
+            alike.setdefault((tensor.dtype, tensor.device), []).append(name)
+        self.parts: list[tuple[list[str], np.ndarray[Any, Any]]] = []
+        self.copied: torch.cuda.Event | None = None
+        for (dtype, device), names in alike.items():
+            flat = torch.cat([tensors[name].detach().reshape(-1) for name in names])
+            if device.type == "cuda":
+                here = torch.empty(flat.shape, dtype=dtype, pin_memory=True)
+                flat = here.copy_(flat, non_blocking=True)
+                self.copied = torch.cuda.Event()
+                self.copied.record(torch.cuda.current_stream(device))
+            self.parts.append((names, flat.numpy()))
+
+    def arrays(self) -> dict[str, "np.ndarray[Any, Any]"]:
+        """Return the copies by name, when they are there.
+
+        As arrays: if another thread than the one that trains worked on tensors, OpenMP would have more threads than a
+        CPU has cores, and from then on let them sleep where they wait for each other.
+        """
+        if self.copied is not None:
+            self.copied.synchronize()
+        arrays = {}
+        for names, flat in self.parts:
+            ends = np.cumsum([math.prod(self.shapes[name]) for name in names])
+            for name, part in zip(names, np.split(flat, ends[:-1])):
+                arrays[name] = part.reshape(self.shapes[name])
+        return arrays
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -14,12 +14,15 @@ import torch
 import torch._dynamo
 import torch.nn as nn
 from environment import synchronize
+from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.resnetv2 import PreActBasic, PreActBottleneck
 from timm.utils import ModelEmaV3
 
 from ran_layers import ResidualUnit, ResidualUnitDown, ResNeXtUnit
 from ran_layers.layers.mask_branch import MaskHead
 
 COMPILE_MODES = ("off", "units", "model")
+_UNITS = (ResidualUnit, ResidualUnitDown, ResNeXtUnit, MaskHead, BasicBlock, Bottleneck, PreActBasic, PreActBottleneck)
 # A network has some twenty kinds of units, told apart by channels and size of the map; torch gives up after eight.
 _KINDS_OF_UNITS = 256
 WARM_UP_RUNS = 3  # a compiled function settles, cuDNN chooses its algorithms, the allocator finds its blocks
@@ -28,10 +31,10 @@ WARM_UP_RUNS = 3  # a compiled function settles, cuDNN chooses its algorithms, t
 def compile_model(model: nn.Module, mode: str) -> Any:
     """Return ``model`` compiled by ``torch.compile``: unit by unit, as a whole, or (``"off"``) not at all.
 
-    Units of one kind share their code, so that a deep network compiles in the time of a shallow one. A network without
-    units of ours is compiled as a whole.
+    Units of one kind share their code, so that a deep network compiles in the time of a shallow one. timm's ResNets have
+    units too; a network without is compiled as a whole.
     """
-    units = [m for m in model.modules() if type(m) in (ResidualUnit, ResidualUnitDown, ResNeXtUnit, MaskHead)]
+    units = [m for m in model.modules() if type(m) in _UNITS]
     if mode == "units" and units:
         config: Any = torch._dynamo.config  # by its older name, which all versions know
         config.cache_size_limit = max(config.cache_size_limit, _KINDS_OF_UNITS)

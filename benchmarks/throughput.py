@@ -8,14 +8,14 @@ Cases, all in one process and in turn, so that a machine whose speed drifts is f
   a CUDA graph on a GPU, with our kernels on a CPU, data resident and augmented in batches);
 - ``dataloader``: the same network in float32, NCHW, eager, fed by a DataLoader with per-image PIL transforms, as
   published re-implementations do;
-- timm's ``resnet50`` and ``resnetv2_50`` in the harness's form, for the price of the attention (on a GPU compiled as a
-  whole, ours unit by unit).
+- timm's ``resnet50`` and ``resnetv2_50`` in the harness's form, for the price of the attention.
 
 Training goes from the stored image to the optimiser's step. Forward is the network alone in evaluation mode, on a batch
 that is on the device; in the harness's form on a GPU compiled and recorded too.
 """
 import argparse
 import ctypes
+import multiprocessing
 import statistics
 import sys
 import time
@@ -24,6 +24,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from arguments import check_models, positive, positive_seconds
@@ -81,16 +82,18 @@ def main(argv: list[str] | None = None) -> None:
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Time every case ``args.rounds`` times in turn; return medians, extremes, and the machine's ceilings."""
     check_models(args.models)
+    # First of all, while this process is small: it writes in copies to whatever memory it shares with forked workers.
+    loaders = {batch_size: load(batch_size, args.size) for batch_size in args.batch_sizes}
     precision = "bf16" if bf16_is_fast(device) else "fp32"
     choose_kernels(deterministic=False)
     cases: list[Case] = []
     for batch_size in args.batch_sizes:
-        kinds: list[tuple[type[Case], str]] = []
-        for name in args.models:
-            kinds += [(Harness, name), (Loaded, name)]
-        for kind, name in (*kinds, *((Harness, name) for name in PRICE_OF_ATTENTION)):
-            cases.append(kind(name, batch_size, args.size, device, precision))
+        for name in (*args.models, *PRICE_OF_ATTENTION):
+            cases.append(Harness(name, batch_size, args.size, device, precision))
             cases[-1].warm_up()
+            if name in args.models:
+                cases.append(Loaded(name, batch_size, args.size, device, precision, loaders[batch_size]))
+                cases[-1].warm_up()
     ceilings: dict[str, list[float]] = {"matmul_flops": [], "copy_bytes": []}
     for _ in range(args.rounds):
         ceilings["matmul_flops"].append(matmul_flops(device, precision))
@@ -239,23 +242,19 @@ class Loaded(Case):
 
     form = "dataloader"
 
+    def __init__(
+            self, name: str, batch_size: int, size: int, device: torch.device, precision: str,
+            batches: Iterator[list[torch.Tensor]]) -> None:
+        self.batches = batches
+        super().__init__(name, batch_size, size, device, precision)
+
     def prepare(self) -> None:
         self.model = self.model.to(self.device)
         self.optimizer = make_optimizer(Recipe(), self.model)
-        self.batches = self._load()
-        self.batch = next(self.batches)[0]
-
-    def _load(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        # Not forked: while a forked worker lives, this process, with all cases in it, writes to its memory in copies.
-        loader = DataLoader(
-            _Images(self.images.numpy(), self.labels), self.batch_size, shuffle=True, num_workers=2, drop_last=True,
-            multiprocessing_context="spawn")
-        while True:
-            for x, y in loader:
-                yield x.to(self.device), y.to(self.device)
+        self.batch = next(self.batches)[0].to(self.device)
 
     def train_step(self) -> None:
-        x, y = next(self.batches)
+        x, y = (tensor.to(self.device) for tensor in next(self.batches))
         F.cross_entropy(self.model(x), y).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -269,24 +268,31 @@ class Loaded(Case):
         time.sleep(0.5)  # the workers fill their queues, which must not slow down the next case
 
 
+def load(batch_size: int, size: int) -> Iterator[list[torch.Tensor]]:
+    """Start the workers of a DataLoader; return its batches: images and labels."""
+    fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None  # others import all of this anew
+    return iter(DataLoader(
+        _Images(size), batch_size, num_workers=2, drop_last=True, multiprocessing_context=fork))
+
+
 class _Images(TorchDataset):
     """Images that are cropped, mirrored and normalised one by one, over and over."""
 
-    def __init__(self, arrays: Any, labels: torch.Tensor) -> None:
+    def __init__(self, size: int) -> None:
         from torchvision import transforms
 
-        self.arrays, self.labels = arrays, labels
+        self.arrays = np.random.default_rng(0).integers(256, size=(ROWS, size, size, 3), dtype=np.uint8)
         self.transform = transforms.Compose([
-            transforms.RandomCrop(arrays.shape[1], padding=4), transforms.RandomHorizontalFlip(),
+            transforms.RandomCrop(size, padding=4), transforms.RandomHorizontalFlip(),
             transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)])
 
     def __len__(self) -> int:
-        return 1024 * ROWS
+        return 10 ** 9  # more than are ever asked for
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         from PIL import Image
 
-        return self.transform(Image.fromarray(self.arrays[i % ROWS])), self.labels[i % ROWS]
+        return self.transform(Image.fromarray(self.arrays[i % ROWS])), i % 10
 
 
 def peak_rss(function: Callable[[], Any]) -> int:

@@ -120,6 +120,15 @@ def test_what_runs_to_warm_up_changes_nothing():
     assert all(p.grad is None for p in training.model.parameters())
 
 
+@pytest.mark.parametrize(("name", "units"), [("ran_att56_cifar", 36), ("resnet18", 8), ("plain_cnn8_cifar", 0)])
+def test_compiled_is_each_unit_or_a_network_without_any(name, units):
+    model = timm.create_model(name)
+    compiled = compile_model(model, "units")
+    assert sum(module._compiled_call_impl is not None for module in model.modules()) == units
+    assert (compiled is model) == bool(units)
+    assert compile_model(model, "off") is model
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("recipe", [
     dict(optimizer="muon", lr=0.005, muon_sgd_lr=0.02, ema_decay=0.9), dict(optimizer="sgd", lr=0.02),
