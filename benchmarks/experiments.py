@@ -171,8 +171,8 @@ TABLES: dict[str, Table] = {
     ),
     "long": Table(
         "The report's networks, trained for longer",
-        "Large batches, with cutout on CIFAR-10 and CutMix on CIFAR-100. The weights in the package are those of 160 epochs "
-        "of Attention-56 on CIFAR-10, and of 110 otherwise.",
+        "Large batches, with cutout on CIFAR-10 and CutMix on CIFAR-100. The weights in the package are those of 160 "
+        "epochs of Attention-56 on CIFAR-10, and of 110 otherwise.",
         report_rows(long=""),
     ),
     "paper": Table(

@@ -31,8 +31,8 @@ WARM_UP_RUNS = 3  # a compiled function settles, cuDNN chooses its algorithms, t
 def compile_model(model: nn.Module, mode: str) -> Any:
     """Return ``model`` compiled by ``torch.compile``: unit by unit, as a whole, or (``"off"``) not at all.
 
-    Units of one kind share their code, so that a deep network compiles in the time of a shallow one. timm's ResNets have
-    units too; a network without is compiled as a whole.
+    Units of one kind share their code, so that a deep network compiles in the time of a shallow one. timm's ResNets
+    have units too; a network without is compiled as a whole.
     """
     units = [m for m in model.modules() if type(m) in _UNITS]
     if mode == "units" and units:

@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 from torch.testing import assert_close
 
 from ran_layers import AttentionModule, LocalMaskBranch, ResidualUnit, ResidualUnitDown, ResNeXtUnit, SoftMaskBranch
+from ran_layers.layers.mask_branch import MaskActivation
 
 exact = functools.partial(assert_close, rtol=1e-6, atol=1e-6)
 
@@ -179,6 +180,30 @@ def test_every_size_down_to_one_pixel_at_the_bottom(depth):
         assert module(torch.randn(1, 4, *size)).shape == (1, 4, *size)
         assert bottoms[-1] == tuple(-(-n // 2 ** depth) for n in size)
     assert bottoms[0] == (1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["mixed", "channel", "spatial"])
+def test_mask_activations_in_half_precision(kind, dtype):
+    x = torch.randn(2, 8, 5, 4) * torch.tensor([300.0, 0.0])[:, None, None, None]  # squares beyond float16, and none
+    mask = MaskActivation(kind)(x.to(dtype))
+    assert mask.dtype is dtype
+    assert_close(mask.float(), MaskActivation(kind)(x.to(dtype).float()), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("args", [
+    {"mask_depth": 3}, {"mask": "local"}, {"mask_act": "channel"}, {"mask_act": "spatial", "learning": "naive"},
+], ids=str)
+# The devices differ in what they cast.
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_autocast_keeps_all_maps_in_its_type(args, device):
+    module = AttentionModule(8, **args, device=device)
+    types = set()
+    for child in module.modules():
+        child.register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+    with torch.autocast(device, torch.bfloat16):
+        module(torch.randn(2, 8, 9, 8, dtype=torch.bfloat16, device=device)).float().sum().backward()
+    assert types == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("depth", "size"), [(1, (1, 8)), (1, (1, 1)), (2, (8, 2)), (3, (4, 4)), (4, (8, 64))])

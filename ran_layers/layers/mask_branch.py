@@ -16,6 +16,12 @@ from .residual_unit import ResidualUnit, is_preact
 MASK_ACTIVATIONS = ("mixed", "channel", "spatial")
 
 
+@torch.fx.wrap
+def in_single_precision_at_least(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` in float32 if it is shorter: squares overflow float16, and the least norm allowed is 0 in it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class MaskActivation(nn.Module):
     """The last step of a mask branch, in the three forms of the paper (section 3.3, equations 4 to 6).
 
@@ -29,14 +35,15 @@ class MaskActivation(nn.Module):
         self.kind = check_choice("mask_act", kind, MASK_ACTIVATIONS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "mixed":
+            return torch.sigmoid(x)
+        y = in_single_precision_at_least(x)
         if self.kind == "channel":
-            return F.normalize(x, dim=1)
-        if self.kind == "spatial":
-            # Not F.instance_norm: it refuses a map of one position in training.
-            mean = x.mean(dim=(2, 3), keepdim=True)
-            var = (x - mean).square().mean(dim=(2, 3), keepdim=True)
-            x = (x - mean) * torch.rsqrt(var + 1e-5)
-        return torch.sigmoid(x)
+            return F.normalize(y, dim=1).to(x.dtype)
+        # Not F.instance_norm: it refuses a map of one position in training.
+        mean = y.mean(dim=(2, 3), keepdim=True)
+        var = (y - mean).square().mean(dim=(2, 3), keepdim=True)
+        return torch.sigmoid((y - mean) * torch.rsqrt(var + 1e-5)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return repr(self.kind)
