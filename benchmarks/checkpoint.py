@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -57,7 +58,9 @@ class CheckpointWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.thread = ThreadPoolExecutor(1)
-        self.pending: list[Future[None]] = []  # the one that is being written, and the one after it
+        self.pending: list[Future[None]] = []  # oldest first
+        self.lock = threading.Lock()
+        self.waiting: tuple[Snapshot, str] | None = None  # what the thread has not begun with
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -71,12 +74,17 @@ class CheckpointWriter:
         """Write a checkpoint, as all is now: ``tensors`` by name and ``state``, anything that JSON holds."""
         while self.pending and self.pending[0].done():
             self.pending.pop(0).result()
-        if self.pending and self.pending[-1].cancel():
-            self.pending.pop()
-        self.pending.append(self.thread.submit(self._write, Snapshot(tensors), json.dumps(state)))
+        newest = Snapshot(tensors), json.dumps(state)
+        with self.lock:
+            replaced, self.waiting = self.waiting, newest
+        if replaced is None:
+            self.pending.append(self.thread.submit(self._write))
 
-    def _write(self, snapshot: "Snapshot", state: str) -> None:
-        write_atomic(self.folder / FILE_NAME, save(snapshot.arrays(), metadata={"state": state}))
+    def _write(self) -> None:
+        with self.lock:
+            newest, self.waiting = self.waiting, None
+        assert newest is not None
+        write_atomic(self.folder / FILE_NAME, save(newest[0].arrays(), metadata={"state": newest[1]}))
 
     def wait(self) -> None:
         """Wait until what was saved last is on the disk."""
@@ -96,15 +104,15 @@ class Snapshot:
         for name, tensor in tensors.items():
             alike.setdefault((tensor.dtype, tensor.device), []).append(name)
         self.parts: list[tuple[list[str], np.ndarray[Any, Any]]] = []
-        self.copied: torch.cuda.Event | None = None
+        self.copied: list[tuple[torch.device, torch.cuda.Event]] = []
         for (dtype, device), names in alike.items():
             flat = torch.cat([tensors[name].detach().reshape(-1) for name in names])
             if device.type == "cuda":
                 here = torch.empty(flat.shape, dtype=dtype, pin_memory=True)
                 flat = here.copy_(flat, non_blocking=True)
-                self.copied = torch.cuda.Event()
-                self.copied.record(torch.cuda.current_stream(device))
-            self.parts.append((names, flat.numpy()))
+                self.copied.append((device, torch.cuda.Event()))
+                self.copied[-1][1].record(torch.cuda.current_stream(device))
+            self.parts.append((names, flat.cpu().numpy()))
 
     def arrays(self) -> dict[str, "np.ndarray[Any, Any]"]:
         """Return the copies by name, when they are there.
@@ -112,8 +120,9 @@ class Snapshot:
         As arrays: if another thread than the one that trains worked on tensors, OpenMP would have more threads than a
         CPU has cores, and from then on let them sleep where they wait for each other.
         """
-        if self.copied is not None:
-            self.copied.synchronize()
+        for device, event in self.copied:
+            with torch.cuda.device(device):  # a thread begins on the first
+                event.synchronize()
         arrays = {}
         for names, flat in self.parts:
             ends = np.cumsum([math.prod(self.shapes[name]) for name in names])

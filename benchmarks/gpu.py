@@ -31,14 +31,20 @@ WARM_UP_RUNS = 3  # a compiled function settles, cuDNN chooses its algorithms, t
 def compile_model(model: nn.Module, mode: str) -> Any:
     """Return ``model`` compiled by ``torch.compile``: unit by unit, as a whole, or (``"off"``) not at all.
 
-    Units of one kind share their code, so that a deep network compiles in the time of a shallow one. timm's ResNets
-    have units too; a network without is compiled as a whole.
+    Units of one kind share their code, so that a deep network compiles in the time of a shallow one. The blocks of
+    timm's ResNets are units too; a network that does not consist of units for the most part is compiled as a whole.
     """
-    units = [m for m in model.modules() if type(m) in _UNITS]
+    units: dict[str, nn.Module] = {}  # the outermost
+    for name, module in model.named_modules():
+        if type(module) in _UNITS and not any(name.startswith(f"{outer}.") for outer in units):
+            units[name] = module
+    inside = sum(param.numel() for unit in units.values() for param in unit.parameters())
+    if 2 * inside < sum(param.numel() for param in model.parameters()):
+        units = {}
     if mode == "units" and units:
         config: Any = torch._dynamo.config  # by its older name, which all versions know
         config.cache_size_limit = max(config.cache_size_limit, _KINDS_OF_UNITS)
-        for unit in units:
+        for unit in units.values():
             unit.compile(dynamic=False)
         return model
     return model if mode == "off" else torch.compile(model, dynamic=False)  # each resolution its own kernels
@@ -134,19 +140,18 @@ class Replayed:
         self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]] = {}
         self.pool: Any = None
 
-    def capture(self, *inputs: torch.Tensor) -> None:
-        """Record the function for inputs of these shapes and types, after it has run for them to warm up.
-
-        The peak of the memory in use is counted from the recording on: what was tried out before is not needed again.
-        """
+    def warm_up(self, *inputs: torch.Tensor) -> None:
+        """Run the function, aside as when it is recorded, so that all it needs once is there."""
         device = inputs[0].device
         current, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         aside.wait_stream(current)
-        with torch.cuda.stream(aside):  # where recording happens too
+        with torch.cuda.stream(aside):
             for _ in range(WARM_UP_RUNS):
                 self.function(*inputs)
         current.wait_stream(aside)
-        torch.cuda.reset_peak_memory_stats(device)
+
+    def capture(self, *inputs: torch.Tensor) -> None:
+        """Record the function for inputs of these shapes and types, for which it has been warmed up."""
         inputs_of_graph = [tensor.clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
@@ -212,6 +217,7 @@ def price_of_determinism(model: nn.Module, batch: torch.Tensor, autocast: Any, s
                 torch.use_deterministic_algorithms(chosen)
                 torch.backends.cudnn.benchmark = not chosen
                 replayed[chosen] = Replayed(step)
+                replayed[chosen].warm_up(batch)
                 replayed[chosen].capture(batch)
         finally:
             torch.use_deterministic_algorithms(before[0])

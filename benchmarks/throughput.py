@@ -15,7 +15,6 @@ that is on the device; in the harness's form on a GPU compiled and recorded too.
 """
 import argparse
 import ctypes
-import multiprocessing
 import statistics
 import sys
 import time
@@ -69,26 +68,33 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="where the plot goes instead")
     args = parser.parse_args(argv)
     with told_in_one_line():
+        check_models(args.models)
+        # First of all: forked workers share this process's memory, which it then writes to in copies.
+        loaders = {batch_size: load(batch_size, args.size) for batch_size in args.batch_sizes}
+        time.sleep(0.5)  # they fill their queues
         keep_freed_memory()
         device = pick_device(args.device)
         command = command_line("throughput.py", sys.argv[1:] if argv is None else argv)
-        result = dict(command=command, **measure(args, device))
+        result = dict(command=command, **measure(args, device, loaders))
         print_table(result)
         if args.out:
             write_json(args.out / "throughput.json", result)
             write_atomic(args.plot or args.out / "throughput.png", draw(result))
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Time every case ``args.rounds`` times in turn; return medians, extremes, and the machine's ceilings."""
-    check_models(args.models)
-    # First of all, while this process is small: it writes in copies to whatever memory it shares with forked workers.
-    loaders = {batch_size: load(batch_size, args.size) for batch_size in args.batch_sizes}
+def measure(
+        args: argparse.Namespace, device: torch.device, loaders: dict[int, Iterator[list[torch.Tensor]]],
+) -> dict[str, Any]:
+    """Time every case ``args.rounds`` times in turn; return medians, extremes, and the machine's ceilings.
+
+    Args:
+        loaders: What :func:`load` returned, by batch size.
+    """
     precision = "bf16" if bf16_is_fast(device) else "fp32"
     choose_kernels(deterministic=False)
     cases: list[Case] = []
     for batch_size in args.batch_sizes:
-        for name in (*args.models, *PRICE_OF_ATTENTION):
+        for name in dict.fromkeys((*args.models, *PRICE_OF_ATTENTION)):
             cases.append(Harness(name, batch_size, args.size, device, precision))
             cases[-1].warm_up()
             if name in args.models:
@@ -217,6 +223,7 @@ class Harness(Case):
                 self.net = self.trainer.half.net  # whose weights need no casting
             self.net.eval()
             self.replayed = Replayed(self._forward)
+            self.replayed.warm_up(self.batch)
             self.replayed.capture(self.batch)
             self.net.train()
         self.compile_seconds = time.perf_counter() - started
@@ -270,9 +277,9 @@ class Loaded(Case):
 
 def load(batch_size: int, size: int) -> Iterator[list[torch.Tensor]]:
     """Start the workers of a DataLoader; return its batches: images and labels."""
-    fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None  # others import all of this anew
-    return iter(DataLoader(
-        _Images(size), batch_size, num_workers=2, drop_last=True, multiprocessing_context=fork))
+    # Workers that are not forked import all of this anew; elsewhere than on Linux, forking is not safe.
+    context = "fork" if sys.platform == "linux" else None
+    return iter(DataLoader(_Images(size), batch_size, num_workers=2, drop_last=True, multiprocessing_context=context))
 
 
 class _Images(TorchDataset):

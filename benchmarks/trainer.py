@@ -126,7 +126,11 @@ class Trainer:
         batches = self.empty_batches()
         with unchanged(self._all_tensors, self.device):
             for batch in batches:
-                self.replayed.capture(*batch) if self.replayed else self._learn(*batch)
+                self.replayed.warm_up(*batch) if self.replayed else self._learn(*batch)
+        if self.replayed:
+            torch.cuda.reset_peak_memory_stats(self.device)  # what was tried out before is not what a step needs
+            for batch in batches:
+                self.replayed.capture(*batch)
         synchronize(self.device)
         return time.perf_counter() - started
 

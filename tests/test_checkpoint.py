@@ -1,6 +1,7 @@
 """Checkpoints: what is in them, when it was so, and what happens where they cannot be written."""
 import sys
 import threading
+import weakref
 from concurrent.futures import wait
 from pathlib import Path
 
@@ -45,24 +46,47 @@ def test_a_snapshot_does_not_see_what_comes_after(device):
     assert all((array == float(name)).all() for name, array in snapshot.arrays().items())
 
 
-def test_where_the_disk_is_slow_the_newest_checkpoint_is_next(tmp_path, monkeypatch):
-    may_write, written, original = threading.Event(), [], checkpoint.write_atomic
+@pytest.fixture
+def slow_disk(tmp_path, monkeypatch):
+    """Events: the first write has begun; it may go on. And the steps written so far."""
+    begun, may_write, written, original = threading.Event(), threading.Event(), [], checkpoint.write_atomic
 
     def slow(path, content):
+        begun.set()
         may_write.wait(20)
         original(path, content)
         written.append(load_checkpoint(tmp_path)[1]["step"])
 
     monkeypatch.setattr(checkpoint, "write_atomic", slow)
+    return begun, may_write, written
+
+
+def test_where_the_disk_is_slow_the_newest_checkpoint_is_next(tmp_path, slow_disk):
+    begun, may_write, written = slow_disk
     with CheckpointWriter(tmp_path) as writer:
         writer.save({"x": torch.zeros(1)}, {"step": 1})
-        while not writer.pending[0].running():
-            pass
-        for step in (2, 3, 4):
+        assert begun.wait(20)
+        snapshots = []
+        for step in range(2, 9):
             writer.save({"x": torch.full((1,), float(step))}, {"step": step})
+            snapshots.append(weakref.ref(writer.waiting[0]))
+        assert sum(snapshot() is not None for snapshot in snapshots) == 1, "those given up must not take memory"
         may_write.set()
-    assert written == [1, 4]
-    assert load_checkpoint(tmp_path)[0]["x"].item() == 4
+    assert written == [1, 8]
+    assert load_checkpoint(tmp_path)[0]["x"].item() == 8
+
+
+def test_what_cannot_be_copied_replaces_nothing(tmp_path, slow_disk):
+    begun, may_write, written = slow_disk
+    writer = CheckpointWriter(tmp_path)
+    writer.save({}, {"step": 1})
+    assert begun.wait(20)
+    writer.save({}, {"step": 2})
+    with pytest.raises(TypeError):
+        writer.save({}, {"step": object()})
+    may_write.set()
+    writer.__exit__(TypeError, None, None)
+    assert written == [1, 2]
 
 
 def test_failed_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):

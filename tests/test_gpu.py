@@ -19,7 +19,7 @@ from gpu import HalfWeights, MovingAverage, compile_model, price_of_determinism,
 from recipes import Recipe
 from trainer import Trainer
 
-import ran_layers  # noqa: F401
+from ran_layers import AttentionModule
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -120,13 +120,20 @@ def test_what_runs_to_warm_up_changes_nothing():
     assert all(p.grad is None for p in training.model.parameters())
 
 
-@pytest.mark.parametrize(("name", "units"), [("ran_att56_cifar", 36), ("resnet18", 8), ("plain_cnn8_cifar", 0)])
+@pytest.mark.parametrize(("name", "units"), [
+    ("ran_att56_cifar", 36), ("resnet18", 8), ("hrnet_w18_small", 0), ("plain_cnn8_cifar", 0)])
 def test_compiled_is_each_unit_or_a_network_without_any(name, units):
     model = timm.create_model(name)
     compiled = compile_model(model, "units")
     assert sum(module._compiled_call_impl is not None for module in model.modules()) == units
     assert (compiled is model) == bool(units)
     assert compile_model(model, "off") is model
+
+
+def test_units_within_units_are_compiled_with_them():
+    model = compile_model(timm.create_model("resnet26", block_args=dict(attn_layer=AttentionModule)), "units")
+    compiled = {type(module) for module in model.modules() if module._compiled_call_impl is not None}
+    assert compiled == {timm.models.resnet.Bottleneck}
 
 
 @pytest.mark.cuda
