@@ -62,7 +62,8 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     parser.add_argument("--recipe", choices=RECIPES, help="default: best on a GPU, quick on a CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where the processor has it")
+    parser.add_argument("--precision", choices=("bf16", "fp32"),
+                        help="default: bf16 where the processor is clearly faster in it")
     parser.add_argument("--compile", choices=COMPILE_MODES,
                         help="what torch.compile compiles (default: units on a GPU, off on a CPU)")
     parser.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True,

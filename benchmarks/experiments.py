@@ -89,7 +89,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         f"att{depth}-{dataset}-{recipe}": Experiment(f"ran_att{depth}_cifar", dataset, recipe)
         for recipe in ("report", "best") for dataset in ("cifar10", "cifar100") for depth in (56, 92)
     },
-    # ... and what the shipped weights were trained with.
+    # ... and how the shipped weights were trained, some of them for longer.
     **{
         f"att{depth}-{dataset}-long": longer(f"ran_att{depth}_cifar", dataset, 110)
         for dataset in _DATASETS for depth in (56, 92)

@@ -44,7 +44,7 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    # A minute or two per ten epochs on a GPU, some tens of minutes on a CPU.
+    # Plain one-cycle SGD, for a first look.
     "quick": Recipe(epochs=10),
     # The report, section 4: "learning rate 0.1, decay 0.0001, momentum 0.9 ... divided by 10 at 80th and 120th epoch".
     "report": Recipe(
