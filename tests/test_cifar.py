@@ -13,7 +13,6 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import augment  # noqa: E402
 import cifar  # noqa: E402
-import data  # noqa: E402
 from checkpoint import FILE_NAME, load_checkpoint  # noqa: E402
 from data import corrupt_labels  # noqa: E402
 from evaluate import load_exported  # noqa: E402
@@ -341,63 +340,6 @@ def test_augmentations_do_what_they_say():
         assert torch.allclose(mixed.mean((1, 2, 3)), mixed_targets @ torch.arange(10.0), atol=1e-4)
 
 
-def test_digits():
-    digits = data.load_dataset("digits")
-    assert digits.train_images.shape == (1437, 32, 32, 3)
-    assert digits.test_images.shape == (360, 32, 32, 3)
-    assert digits.train_images.dtype == torch.uint8
-    assert digits.train_images.max() == 255
-
-
-def write_parquet(folder: Path, rows: int = 4, labels: list[int] | None = None, image: bytes | None = None,
-                  column: str = "img") -> None:
-    import io
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
-
-    if image is None:
-        buffer = io.BytesIO()
-        Image.new("RGB", (32, 32), (10, 20, 30)).save(buffer, "PNG")
-        image = buffer.getvalue()
-    folder.mkdir(parents=True, exist_ok=True)
-    table = pa.table({
-        column: [{"bytes": image, "path": None}] * rows, "label": [0] * rows if labels is None else labels})
-    for split in ("train", "test"):
-        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
-
-
-def test_parquet_in_any_depth_of_the_layout(tmp_path):
-    write_parquet(tmp_path / "uoft-cs" / "cifar10" / "plain_text", labels=[0, 1, 2, 9])
-    for folder in (tmp_path, tmp_path / "uoft-cs", tmp_path / "uoft-cs" / "cifar10" / "plain_text"):
-        cifar10 = data.load_dataset("cifar10", str(folder))
-        assert cifar10.train_labels.tolist() == [0, 1, 2, 9]
-        assert cifar10.train_images[0, 0, 0].tolist() == [10, 20, 30]
-
-
-@pytest.mark.parametrize(("kwargs", "message"), [
-    (dict(labels=[0, 1, 2, 10]), "labels must be in 0..9, found 10"),
-    (dict(labels=[0, 1, 2, None]), "labels must be in 0..9, found None"),
-    (dict(rows=0), "must be a struct with the field 'bytes', it is null"),
-    (dict(column="image"), "must have the columns 'img' and 'label', it has ['image', 'label']"),
-    (dict(image=b"no image"), "an image cannot be decoded"),
-])
-def test_unusable_parquet(tmp_path, capsys, kwargs, message):
-    write_parquet(tmp_path / "data", **kwargs)
-    line = fails(capsys, "--dataset", "cifar10", "--data-dir", tmp_path / "data", "--out", tmp_path / "run")
-    assert message in line
-
-
-def test_damaged_or_missing_parquet(tmp_path, capsys):
-    write_parquet(tmp_path / "data")
-    file = tmp_path / "data" / "train-00000-of-00001.parquet"
-    file.write_bytes(file.read_bytes()[:-50])
-    args = ["--dataset", "cifar10", "--out", tmp_path / "run"]
-    assert "cannot be read as Parquet" in fails(capsys, *args, "--data-dir", tmp_path / "data")
-    assert "no Parquet files of uoft-cs/cifar10" in fails(capsys, *args, "--data-dir", tmp_path / "empty")
-
-
 def test_without_network_the_message_names_the_ways_out(tmp_path, capsys, monkeypatch):
     import huggingface_hub.constants
 
@@ -407,11 +349,3 @@ def test_without_network_the_message_names_the_ways_out(tmp_path, capsys, monkey
     assert "cannot get uoft-cs/cifar10 from the Hub" in line
     assert "--data-dir" in line
     assert "--dataset digits" in line
-
-
-def test_real_cifar_files(data_dir):
-    images, labels, names = data.read_split("cifar10", "test", str(data_dir), rows=100)
-    assert images.shape == (100, 32, 32, 3)
-    assert names[3] == "cat"
-    assert 0 <= labels.min()
-    assert labels.max() <= 9

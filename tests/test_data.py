@@ -1,0 +1,105 @@
+"""The data sets: what is read, and what cannot be."""
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import data
+from errors import RunError
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, form: str, **kwargs: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **kwargs)
+    return buffer.getvalue()
+
+
+def test_digits():
+    digits = data.load_dataset("digits")
+    assert digits.train_images.shape == (1437, 32, 32, 3)
+    assert digits.test_images.shape == (360, 32, 32, 3)
+    assert digits.train_images.dtype == torch.uint8
+    assert digits.train_images.max() == 255
+
+
+def write_parquet(folder: Path, rows: int = 4, labels: list[int] | None = None, image: bytes | None = None,
+                  column: str = "img") -> None:
+    if image is None:
+        image = encoded(Image.new("RGB", (32, 32), (10, 20, 30)), "PNG")
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.table({
+        column: [{"bytes": image, "path": None}] * rows, "label": [0] * rows if labels is None else labels})
+    for split in ("train", "test"):
+        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+
+
+def test_parquet_in_any_depth_of_the_layout(tmp_path):
+    write_parquet(tmp_path / "uoft-cs" / "cifar10" / "plain_text", labels=[0, 1, 2, 9])
+    for folder in (tmp_path, tmp_path / "uoft-cs", tmp_path / "uoft-cs" / "cifar10" / "plain_text"):
+        cifar10 = data.load_dataset("cifar10", str(folder))
+        assert cifar10.train_labels.tolist() == [0, 1, 2, 9]
+        assert cifar10.train_images[0, 0, 0].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize(("kwargs", "message"), [
+    (dict(labels=[0, 1, 2, 10]), "labels must be in 0..9, found 10"),
+    (dict(labels=[0, 1, 2, None]), "labels must be in 0..9, found None"),
+    (dict(rows=0), "must be a struct with the field 'bytes', it is null"),
+    (dict(column="image"), "must have the columns 'img' and 'label', it has ['image', 'label']"),
+    (dict(image=b"no image"), "an image cannot be decoded"),
+    (dict(image=b""), "an image cannot be decoded"),
+    (dict(image=encoded(Image.new("RGB", (31, 32)), "PNG")), "expected 32x32 images, found 31x32"),
+    (dict(image=encoded(NOISE, "PNG")[:-300]), "an image cannot be decoded"),
+    (dict(image=encoded(NOISE, "WEBP", lossless=True)[:-300]), "an image cannot be decoded"),
+])
+def test_unusable_parquet(tmp_path, kwargs, message):
+    write_parquet(tmp_path, **kwargs)
+    with pytest.raises(RunError, match=re.escape(message)):
+        data.load_dataset("cifar10", str(tmp_path))
+
+
+def test_damaged_or_missing_parquet(tmp_path):
+    write_parquet(tmp_path / "data")
+    file = tmp_path / "data" / "train-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(RunError, match="cannot be read as Parquet"):
+        data.load_dataset("cifar10", str(tmp_path / "data"))
+    with pytest.raises(RunError, match="no Parquet files of uoft-cs/cifar10"):
+        data.load_dataset("cifar10", str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(("image", "form", "kwargs"), [
+    (NOISE, "PNG", {}), (NOISE, "WEBP", {"lossless": True}), (NOISE, "BMP", {}), (NOISE.convert("P"), "PNG", {}),
+    (NOISE.convert("L"), "PNG", {}), (NOISE.convert("1"), "PNG", {}),
+], ids=lambda value: getattr(value, "mode", value))
+def test_images_are_decoded_as_pillow_does(image, form, kwargs):
+    blob = encoded(image, form, **kwargs)
+    assert (data._decode(blob) == np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))).all()
+
+
+def test_channel_statistics_are_those_of_all_pixels():
+    images = torch.randint(256, (7, 32, 32, 3), dtype=torch.uint8)
+    pixels = images.reshape(-1, 3).double() / 255
+    mean, std = data._channel_statistics(images)
+    assert mean == pytest.approx(pixels.mean(0).tolist(), abs=1e-6)
+    assert std == pytest.approx(pixels.std(0, correction=0).tolist(), abs=1e-6)
+
+
+def test_real_cifar_files(data_dir):
+    images, labels, names = data.read_split("cifar10", "test", str(data_dir), rows=100)
+    assert images.shape == (100, 32, 32, 3)
+    assert names[3] == "cat"
+    assert 0 <= labels.min()
+    assert labels.max() <= 9
