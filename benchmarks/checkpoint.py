@@ -6,7 +6,6 @@ Nothing is ever unpickled.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -103,7 +102,7 @@ class Snapshot:
         alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
         for name, tensor in tensors.items():
             alike.setdefault((tensor.dtype, tensor.device), []).append(name)
-        self.parts: list[tuple[list[str], np.ndarray[Any, Any]]] = []
+        self.parts: list[tuple[list[str], np.ndarray]] = []
         self.copied: list[tuple[torch.device, torch.cuda.Event]] = []
         for (dtype, device), names in alike.items():
             flat = torch.cat([tensors[name].detach().reshape(-1) for name in names])
@@ -114,7 +113,7 @@ class Snapshot:
                 self.copied[-1][1].record(torch.cuda.current_stream(device))
             self.parts.append((names, flat.cpu().numpy()))
 
-    def arrays(self) -> dict[str, "np.ndarray[Any, Any]"]:
+    def arrays(self) -> dict[str, np.ndarray]:
         """Return the copies by name, when they are there.
 
         As arrays: if another thread than the one that trains worked on tensors, OpenMP would have more threads than a
@@ -125,7 +124,7 @@ class Snapshot:
                 event.synchronize()
         arrays = {}
         for names, flat in self.parts:
-            ends = np.cumsum([math.prod(self.shapes[name]) for name in names])
+            ends = np.cumsum([self.shapes[name].numel() for name in names])
             for name, part in zip(names, np.split(flat, ends[:-1])):
                 arrays[name] = part.reshape(self.shapes[name])
         return arrays

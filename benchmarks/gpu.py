@@ -34,20 +34,26 @@ def compile_model(model: nn.Module, mode: str) -> Any:
     Units of one kind share their code, so that a deep network compiles in the time of a shallow one. The blocks of
     timm's ResNets are units too; a network that does not consist of units for the most part is compiled as a whole.
     """
-    units: dict[str, nn.Module] = {}  # the outermost
+    if mode == "off":
+        return model
+    units = _units(model) if mode == "units" else []
+    if not units:
+        return torch.compile(model, dynamic=False)  # each resolution its own kernels
+    config: Any = torch._dynamo.config  # by its older name, which all versions know
+    config.cache_size_limit = max(config.cache_size_limit, _KINDS_OF_UNITS)
+    for unit in units:
+        unit.compile(dynamic=False)
+    return model
+
+
+def _units(model: nn.Module) -> list[nn.Module]:
+    """Return the outermost units of ``model``, none if they do not hold most of its parameters."""
+    units: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if type(module) in _UNITS and not any(name.startswith(f"{outer}.") for outer in units):
             units[name] = module
     inside = sum(param.numel() for unit in units.values() for param in unit.parameters())
-    if 2 * inside < sum(param.numel() for param in model.parameters()):
-        units = {}
-    if mode == "units" and units:
-        config: Any = torch._dynamo.config  # by its older name, which all versions know
-        config.cache_size_limit = max(config.cache_size_limit, _KINDS_OF_UNITS)
-        for unit in units.values():
-            unit.compile(dynamic=False)
-        return model
-    return model if mode == "off" else torch.compile(model, dynamic=False)  # each resolution its own kernels
+    return list(units.values()) if 2 * inside >= sum(param.numel() for param in model.parameters()) else []
 
 
 class HalfWeights:

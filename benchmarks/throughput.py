@@ -128,9 +128,6 @@ class Case:
         self.model.pretrained_cfg["input_size"] = (3, size, size)
         self.macs = count_macs(self.model)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        rows = max(ROWS, batch_size)
-        self.images = torch.randint(256, (rows, size, size, 3), dtype=torch.uint8)
-        self.labels = torch.randint(10, (rows,))
         self.speeds: dict[str, list[float]] = {"forward": [], "train": []}
         self.compile_seconds = 0.0
         self.peak_bytes = 0
@@ -207,10 +204,13 @@ class Harness(Case):
     def prepare(self) -> None:
         device = self.device
         model = self.model.to(device, memory_format=torch.channels_last)
+        rows, shape = max(ROWS, self.batch_size), self.model.pretrained_cfg["input_size"]
+        images = torch.randint(256, (rows, *shape[1:], shape[0]), dtype=torch.uint8)
+        labels = torch.randint(10, (rows,))
         compile_mode = "units" if device.type == "cuda" else "off"
         kernels = why_no_kernels(device, compile_mode) is None and kernels_pay()
         self.trainer = Trainer(
-            model, Recipe(epochs=10 ** 6, batch_size=self.batch_size), self.images.to(device), self.labels.to(device),
+            model, Recipe(epochs=10 ** 6, batch_size=self.batch_size), images.to(device), labels.to(device),
             self.autocast, 0, World(), False, compile_mode, kernels)
         started = time.perf_counter()
         self.trainer.compile()

@@ -124,9 +124,10 @@ class Trainer:
         started = time.perf_counter()
         self.model.train()
         batches = self.empty_batches()
+        run_first = self.replayed.warm_up if self.replayed else self._learn
         with unchanged(self._all_tensors, self.device):
             for batch in batches:
-                self.replayed.warm_up(*batch) if self.replayed else self._learn(*batch)
+                run_first(*batch)
         if self.replayed:
             torch.cuda.reset_peak_memory_stats(self.device)  # what was tried out before is not what a step needs
             for batch in batches:

@@ -177,17 +177,16 @@ def recipes() -> str:
     columns = [asdict(recipe) for recipe in RECIPES.values()]
     rows = [
         (f"`--{name.replace('_', '-')}`", *(
-            "-" if _has_no_effect(name, column) else _show(column[name])
-            for column in columns))
+            "-" if _has_no_effect(name, column) else _show(column[name]) for column in columns))
         for name in columns[0] if any(column[name] for column in columns)
     ]
     return table(("flag", *(f"`{name}`" for name in RECIPES)), "l" + "r" * len(RECIPES), rows)
 
 
 def _has_no_effect(name: str, column: dict[str, Any]) -> bool:
-    if name.startswith("muon"):
-        return bool(column["optimizer"] != "muon")
-    return not {"warmup": column["schedule"] == "onecycle", "pad_mode": column["pad"] > 0}.get(name, True)
+    without_effect = {"warmup": column["schedule"] != "onecycle", "pad_mode": column["pad"] == 0}
+    without_effect |= dict.fromkeys(("muon_momentum", "muon_sgd_lr"), column["optimizer"] != "muon")
+    return without_effect.get(name, False)
 
 
 def _show(value: Any) -> str:

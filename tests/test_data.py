@@ -1,6 +1,5 @@
 """The data sets: what is read, and what cannot be."""
 import io
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import data
-from errors import RunError
+from test_cifar import fails
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8))
 
@@ -64,20 +63,19 @@ def test_parquet_in_any_depth_of_the_layout(tmp_path):
     (dict(image=encoded(NOISE, "PNG")[:-300]), "an image cannot be decoded"),
     (dict(image=encoded(NOISE, "WEBP", lossless=True)[:-300]), "an image cannot be decoded"),
 ])
-def test_unusable_parquet(tmp_path, kwargs, message):
-    write_parquet(tmp_path, **kwargs)
-    with pytest.raises(RunError, match=re.escape(message)):
-        data.load_dataset("cifar10", str(tmp_path))
+def test_unusable_parquet(tmp_path, capsys, kwargs, message):
+    write_parquet(tmp_path / "data", **kwargs)
+    line = fails(capsys, "--dataset", "cifar10", "--data-dir", tmp_path / "data", "--out", tmp_path / "run")
+    assert message in line
 
 
-def test_damaged_or_missing_parquet(tmp_path):
+def test_damaged_or_missing_parquet(tmp_path, capsys):
     write_parquet(tmp_path / "data")
     file = tmp_path / "data" / "train-00000-of-00001.parquet"
     file.write_bytes(file.read_bytes()[:-50])
-    with pytest.raises(RunError, match="cannot be read as Parquet"):
-        data.load_dataset("cifar10", str(tmp_path / "data"))
-    with pytest.raises(RunError, match="no Parquet files of uoft-cs/cifar10"):
-        data.load_dataset("cifar10", str(tmp_path / "empty"))
+    args = ["--dataset", "cifar10", "--out", tmp_path / "run"]
+    assert "cannot be read as Parquet" in fails(capsys, *args, "--data-dir", tmp_path / "data")
+    assert "no Parquet files of uoft-cs/cifar10" in fails(capsys, *args, "--data-dir", tmp_path / "empty")
 
 
 @pytest.mark.parametrize(("image", "form", "kwargs"), [
