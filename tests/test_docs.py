@@ -241,6 +241,24 @@ def test_the_readme_quotes_what_was_measured():
         assert f"**{run['final']['error']:.2f}** (`{run['model']}`, {epochs} epochs)" in readme
 
 
+def test_the_readme_quotes_the_speeds_that_were_measured():
+    readme, measured = (ROOT / "README.md").read_text(), ROOT / "benchmarks" / "results"
+    for file in (measured / "throughput.json", *measured.glob("*/throughput.json")):
+        speeds = [f"{case['train']['images_per_s']:.0f}" for case in json.loads(file.read_text())["cases"]
+                  if (case["model"], case["batch_size"]) == ("ran_att56_cifar", 256)]
+        assert f"| {' | '.join(speeds)} |" in readme, file
+    runs = [json.loads(file.read_text()) for file in (measured / "study").glob("*.json")]
+    fastest = max(epoch["images_per_s"] for run in runs if run["model"] == "ran_att56_cifar" for epoch in run["epochs"])
+    assert f"{fastest:,.0f} images a second" in readme
+    for file in (ROOT / "ran_layers" / "weights").glob("*cifar10.json"):
+        run = json.loads(file.read_text())
+        seconds = rf"{run['seconds_to_top1']['90']:.0f} s \(`{run['model']}`; [^)]*\b{run['compile_seconds']:.0f} s\)"
+        assert re.search(seconds, readme.replace("\n", " ")), file
+    for row in json.loads((measured / "fuse.json").read_text())["results"]:
+        if row["model"] == "ran_att56_cifar":
+            assert f"{row['speedup']['folded, channels last (fuse)']:.2f} times" in readme
+
+
 class Links(HTMLParser):
     """What a page links to and shows, and the anchors in it."""
 
