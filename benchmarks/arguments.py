@@ -1,9 +1,10 @@
 """What the command lines of the scripts have in common."""
 import argparse
+import difflib
 import math
 
 from errors import RunError
-from timm import is_model
+from timm import is_model, list_models
 
 
 def positive(text: str) -> int:
@@ -29,7 +30,10 @@ def positive_seconds(text: str) -> float:
 
 
 def check_models(names: list[str], flag: str = "--models") -> None:
-    """Raise a :class:`RunError` that names the first of ``names`` that timm does not know."""
+    """Raise a :class:`RunError` that names the first of ``names`` that timm does not know, and those most like it."""
     for name in names:
         if not is_model(name):
-            raise RunError(f"{flag} {name} is no timm model; see timm.list_models('ran_*') and timm.list_models()")
+            similar = difflib.get_close_matches(name, list_models(), n=3)
+            raise RunError(f"{flag} {name} is no timm model"
+                           + (f"; did you mean {' or '.join(similar)}?" if similar else "")
+                           + "; see timm.list_models('ran_*') and timm.list_models()")

@@ -7,6 +7,7 @@
     python benchmarks/cifar.py --initial-checkpoint FILE   # ... from the weights of another run
     python benchmarks/cifar.py --resume --out DIR          # go on after an interruption
     python benchmarks/cifar.py --eval-only --out DIR       # the accuracy of a finished run
+    python benchmarks/cifar.py --eval-only --model NAME    # ... of the weights that timm has under a name
 """
 import argparse
 import contextlib
@@ -23,7 +24,7 @@ from arguments import check_models
 from checkpoint import FILE_NAME, CheckpointWriter, load_checkpoint, load_state, load_weights
 from cpu_kernels import kernels_pay, why_no_kernels
 from data import DATASETS, Dataset, corrupt_labels, load_dataset
-from display import Display, duration, show_plan
+from display import Display, count, duration, show_plan
 from distributed import World, join_world, leave_world
 from environment import (
     bf16_is_fast,
@@ -35,7 +36,7 @@ from environment import (
     versions,
 )
 from errors import RunError, told_in_one_line
-from evaluate import evaluate, export_model, load_exported
+from evaluate import evaluate, export_model, load_exported, load_pretrained
 from gpu import COMPILE_MODES, choose_kernels, price_of_determinism
 from network import begin_with, build_model
 from recipes import CHOICES, RECIPES, Recipe, make_recipe
@@ -84,7 +85,8 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
                         help="folder of the run (default: runs/MODEL-DATASET-RECIPE-SEED, with -further at the end "
                              "where --initial-checkpoint is given)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate the finished run in --out")
+    parser.add_argument("--eval-only", action="store_true",
+                        help="evaluate the finished run in --out or, without --out, the pretrained weights of --model")
     group = parser.add_argument_group("hyper-parameters", "override the recipe's")
     for field in fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
@@ -171,7 +173,7 @@ def train(args: argparse.Namespace) -> None:
             "device": f"{hardware(device)['name']} ({device}), {args.precision}"
                       + (", fused kernels" if args.cpu_kernels else "")
                       + (f", {world.size} processes" if world.size > 1 else ""),
-            "recipe": f"{recipe_name}, {recipe.epochs} epochs of {trainer.steps_per_epoch} steps of "
+            "recipe": f"{recipe_name}, {count(recipe.epochs, 'epoch')} of {count(trainer.steps_per_epoch, 'step')} of "
                       f"{recipe.batch_size} images, {recipe.optimizer}, lr {recipe.lr:g}",
             **({"begins with": str(args.initial_checkpoint)} if initial is not None and not resumed else {}),
             "out": f"{out}" + (f", resumed at step {trainer.step} of {trainer.total_steps}" if resumed else ""),
@@ -328,19 +330,31 @@ def _run_epochs(
 
 
 def eval_only(args: argparse.Namespace) -> None:
-    if args.out is None:
-        raise RunError("--eval-only needs --out, the folder of a finished run")
-    try:
-        result = json.loads((args.out / "result.json").read_text())
-        dataset, precision, _ = result["dataset"], result["settings"]["precision"], result["final"]["top1"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"--eval-only: no finished run in {args.out} ({error!r})") from error
+    """Print the accuracy of the run in ``--out`` or, without that, of timm's pretrained weights of ``--model``."""
+    given = parse_args(args.argv, {"model": None, "dataset": None})
     device = pick_device(args.device)
-    data = load_dataset(dataset, args.data_dir)
-    model = load_exported(args.out).to(device, memory_format=torch.channels_last)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=(args.precision or precision) == "bf16")
+    if args.out is None:
+        if given.model is None:
+            raise RunError("--eval-only needs --out, the folder of a finished run, or --model, a name that has weights")
+        result: dict[str, Any] = {"model": args.model, "dataset": args.dataset, "final": {}}
+        precision = "bf16" if bf16_is_fast(device) else "fp32"
+    else:
+        try:
+            result = json.loads((args.out / "result.json").read_text())
+            precision, _ = result["settings"]["precision"], result["final"]["top1"]
+            of_the_run = {name: result[name] for name in ("model", "dataset")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"--eval-only: no finished run in {args.out} ({error!r})") from error
+        for name, value in of_the_run.items():
+            if getattr(given, name) not in (None, value):
+                raise RunError(f"--{name} {getattr(given, name)}: the run in {args.out} is of {value}; leave it out")
+    precision = args.precision or precision
+    data = load_dataset(result["dataset"], args.data_dir)
+    model = load_exported(args.out) if args.out else load_pretrained(args.model, len(data.class_names))
+    model = model.to(device, memory_format=torch.channels_last)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     result["final"].update(evaluate(model, data.test_images, data.test_labels, device, autocast))
-    print_final(result)
+    print_final(result, precision)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ A data set is four tensors in memory; nothing is decoded twice.
 """
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def load_dataset(name: str, data_dir: str | None = None) -> Dataset:
             any folder further in.
 
     Raises:
-        RunError: The files are missing, damaged, or of another form.
+        RunError: Files are missing, damaged, or of another form.
     """
     if name == "digits":
         splits, names = _digits()
@@ -100,6 +101,7 @@ def read_split(
     """
     spec = SPECS[name]
     files = _local_files(spec, Path(data_dir)) if data_dir else _hub_files(spec)
+    _check_complete(files[split])
     return _read_parquet(files[split], spec, rows)
 
 
@@ -125,6 +127,19 @@ def _local_files(spec: Spec, data_dir: Path) -> dict[str, list[Path]]:
     raise RunError(
         f"no Parquet files of {spec.repo} under {data_dir}: expected "
         f"{data_dir / spec.repo / spec.folder}/train-*.parquet and test-*.parquet")
+
+
+def _check_complete(files: list[Path]) -> None:
+    """Raise if files are missing of a split in parts, ``train-00000-of-00003.parquet`` and so on."""
+    parts = [match for file in files if (match := re.search(r"-(\d+)-of-(\d+)$", file.stem))]
+    for total in {match[2] for match in parts}:
+        there = {int(match[1]) for match in parts if match[2] == total}
+        missing = sorted(set(range(int(total))) - there)
+        if missing:
+            split = files[0].name.split("-")[0]
+            names = ", ".join(f"{split}-{number:05}-of-{total}.parquet" for number in missing[:3])
+            raise RunError(f"{files[0].parent}: {len(missing)} of the {int(total)} {split} files are missing ({names}"
+                           f"{', ...' if len(missing) > 3 else ''}); fetch them")
 
 
 def _hub_files(spec: Spec) -> dict[str, list[Path]]:

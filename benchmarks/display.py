@@ -22,6 +22,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def count(number: int, noun: str) -> str:
+    """``(1, 'epoch')`` -> ``'1 epoch'``, ``(2, 'epoch')`` -> ``'2 epochs'``."""
+    return f"{number} {noun}" + ("s" if number != 1 else "")
+
+
 def show_plan(rows: dict[str, str]) -> None:
     """Print the plan as a table in a terminal, as plain lines on a pipe."""
     console = Console()

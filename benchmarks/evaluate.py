@@ -6,6 +6,7 @@ from typing import Any
 
 import augment
 import torch
+from arguments import check_models
 from checkpoint import write_atomic
 from distributed import World
 from errors import RunError, first_line
@@ -78,3 +79,20 @@ def load_exported(out: Path) -> Any:
         return create_model(f"local-dir:{out}", pretrained=True).eval()
     except Exception as error:  # timm and safetensors have many names for a missing or damaged file
         raise RunError(f"cannot load the model in {out}: {first_line(error)}") from error
+
+
+def load_pretrained(name: str, classes: int) -> Any:
+    """Return the timm model ``name`` with its pretrained weights, in evaluation mode.
+
+    Raises:
+        RunError: There are none, they cannot be had, or they are for another number of classes.
+    """
+    check_models([name], "--model")
+    try:
+        model = create_model(name, pretrained=True).eval()
+    except Exception as error:  # no weights, no network, a damaged file, ...
+        raise RunError(f"--model {name}: cannot get pretrained weights ({first_line(error)})") from error
+    if model.num_classes != classes:
+        raise RunError(f"--model {name} has weights for {model.num_classes} classes, the data set has {classes}; see "
+                       "timm.list_pretrained('ran_*') for names with weights")
+    return model

@@ -82,6 +82,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 def make_recipe(name: str, dataset: str, overrides: dict[str, Any]) -> Recipe:
     """Return the recipe ``name`` for ``dataset`` with ``overrides`` in place of its own values."""
     recipe = replace(RECIPES[name], **{**DATASET_CHANGES.get(dataset, {}), **overrides})
+    for name in ("epochs", "batch_size"):
+        if getattr(recipe, name) < 1:
+            raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(recipe, name)}")
     for field in fields(recipe):
         value = getattr(recipe, field.name)
         flag = "--" + field.name.replace("_", "-")
@@ -93,9 +96,6 @@ def make_recipe(name: str, dataset: str, overrides: dict[str, Any]) -> Recipe:
             raise RunError(f"{flag} must be below 1, got {value:g}")
         if field.name in _UP_TO_ONE and value > 1:
             raise RunError(f"{flag} must be at most 1, got {value:g}")
-    for name in ("epochs", "batch_size"):
-        if getattr(recipe, name) < 1:
-            raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(recipe, name)}")
     if len(recipe.resolutions) % 2:
         raise RunError(f"--resolutions must be pairs of fraction and pixels, got {recipe.resolutions}")
     fractions, pixels = (*recipe.milestones, *recipe.resolutions[::2]), recipe.resolutions[1::2]

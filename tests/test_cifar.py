@@ -14,8 +14,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import augment  # noqa: E402
 import cifar  # noqa: E402
 from checkpoint import FILE_NAME, load_checkpoint  # noqa: E402
-from data import corrupt_labels  # noqa: E402
-from evaluate import load_exported  # noqa: E402
+from data import corrupt_labels, load_dataset  # noqa: E402
+from evaluate import evaluate, load_exported  # noqa: E402
 from muon import orthogonalize  # noqa: E402
 from recipes import lr_scale, make_recipe, pixels_seen, resolution_at  # noqa: E402
 
@@ -60,6 +60,30 @@ def test_run_leaves_a_loadable_model_and_its_result(tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"test top-1 {result['final']['top1']:.2f} %" in text
     assert "trained" not in text
+
+    evaluation = ("--eval-only", "--out", tmp_path / "run")
+    assert "--dataset cifar10: the run in" in fails(capsys, *evaluation, "--dataset", "cifar10")
+    assert "is of plain_cnn8_cifar; leave it out" in fails(capsys, *evaluation, "--model", "ran_att56_cifar")
+
+
+def test_pretrained_weights_are_evaluated(capsys, monkeypatch):
+    digits = load_dataset("digits")
+    monkeypatch.setattr(cifar, "load_dataset", lambda name, data_dir: digits)  # in the place of CIFAR-10
+    model = timm.create_model("ran_att56_cifar.cifar10", pretrained=True).eval()
+    expected = evaluate(
+        model, digits.test_images, digits.test_labels, torch.device("cpu"), torch.autocast("cpu", enabled=False))
+    command = ["--eval-only", "--device", "cpu", "--precision", "fp32", "--model", "ran_att56_cifar.cifar10"]
+    cifar.main(command)
+    assert f"ran_att56_cifar.cifar10 on cifar10: test top-1 {expected['top1']:.2f} %" in capsys.readouterr().out
+
+    digits.class_names = digits.class_names * 10
+    for args, message in (
+            ([*command, "--dataset", "cifar100"], "has weights for 10 classes, the data set has 100"),
+            (["--eval-only", "--model", "plain_cnn8_cifar"], "plain_cnn8_cifar: cannot get pretrained weights"),
+            (["--eval-only"], "--eval-only needs --out, the folder of a finished run, or --model")):
+        with pytest.raises(SystemExit):
+            cifar.main(args)
+        assert message in capsys.readouterr().err
 
 
 def test_progress_bar_ends_with_the_figures_of_the_epoch(tmp_path, monkeypatch):
@@ -196,10 +220,12 @@ def test_a_run_resumed_by_its_folder_keeps_its_command(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("args", "message"), [
     (["--model", "resnet0"], "--model resnet0 is no timm model"),
+    (["--model", "ran_att_56_cifar"], "is no timm model; did you mean ran_att56_cifar or "),
     (["--model-kwargs", "depth"], "--model-kwargs must be KEY=VALUE with VALUE as JSON, got depth"),
     (["--model-kwargs", "depth=3"], "--model plain_cnn8_cifar with {'depth': 3}"),
     (["--device", "abacus"], "--device abacus is not to be had here"),
     (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+    (["--epochs", "-3"], "--epochs must be at least 1, got -3"),
     (["--limit", "-1"], "--limit must not be negative, got -1"),
     (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["--batch-size", "999"], "--batch-size 999 is above the 160 training images"),

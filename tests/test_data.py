@@ -78,6 +78,14 @@ def test_damaged_or_missing_parquet(tmp_path, capsys):
     assert "no Parquet files of uoft-cs/cifar10" in fails(capsys, *args, "--data-dir", tmp_path / "empty")
 
 
+def test_missing_parts(tmp_path, capsys):
+    write_parquet(tmp_path)
+    (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "train-00002-of-00003.parquet")
+    line = fails(capsys, "--dataset", "cifar10", "--data-dir", tmp_path, "--out", tmp_path / "run")
+    assert "2 of the 3 train files are missing (train-00000-of-00003.parquet, train-00001-of-00003.parquet)" in line
+    assert len(data.read_split("cifar10", "test", str(tmp_path))[0]) == 4
+
+
 @pytest.mark.parametrize(("image", "form", "kwargs"), [
     (NOISE, "PNG", {}), (NOISE, "WEBP", {"lossless": True}), (NOISE, "BMP", {}), (NOISE.convert("P"), "PNG", {}),
     (NOISE.convert("L"), "PNG", {}), (NOISE.convert("1"), "PNG", {}),

@@ -239,6 +239,9 @@ def test_the_readme_quotes_what_was_measured():
         epochs = " + ".join(str(count) for count in (
             *(earlier["epochs"] for earlier in run.get("earlier", ())), run["settings"]["epochs"]))
         assert f"**{run['final']['error']:.2f}** (`{run['model']}`, {epochs} epochs)" in readme
+    robustness = json.loads((ROOT / "benchmarks" / "results" / "robustness.json").read_text())["results"]
+    clean = [f"{row['clean']:.2f}" for row in sorted(robustness, key=lambda row: len(row["model"]))]
+    assert f"{', '.join(clean[:-1])} and {clean[-1]}" in readme
 
 
 def test_the_readme_quotes_the_speeds_that_were_measured():

@@ -57,18 +57,23 @@ def check_layer(name: str, value: Any) -> Any:
     """Return ``value`` if it can be called as a layer class.
 
     Raises:
-        TypeError: ``value`` is no callable.
+        TypeError: ``value`` is no callable, or a class of something else.
     """
-    if not callable(value):
+    if not _makes_modules(value):
         raise TypeError(f"{name} must be a layer class, got {value!r} ({type(value).__name__})")
     return value
+
+
+def _makes_modules(value: Any) -> bool:
+    """Whether ``value`` is a class of modules or, as far as can be told, a function that returns one."""
+    return issubclass(value, nn.Module) if isinstance(value, type) else callable(value)
 
 
 def check_device_dtype(device: Any, dtype: Any) -> dict[str, Any]:
     """Return both as keyword arguments of torch's layers.
 
     Raises:
-        TypeError: ``dtype`` is no ``torch.dtype``.
+        TypeError: ``dtype`` is no ``torch.dtype``, or ``device`` of no type that names one.
         ValueError: ``device`` is none that torch knows.
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -77,7 +82,8 @@ def check_device_dtype(device: Any, dtype: Any) -> dict[str, Any]:
         try:
             torch.device(device)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
                 f"device must be a torch.device, its name ('cpu', 'cuda:1', ...) or None, got {device!r}") from error
     return {"device": device, "dtype": dtype}
 
@@ -87,10 +93,11 @@ def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..
 
     Raises:
         TypeError: an argument is neither a name nor a layer class.
-        ValueError: timm has no normalisation with an activation of that name or class.
+        ValueError: timm has no normalisation with an activation of that name or class; from the constructor, it does
+            not take so many channels, or a device and a dtype.
     """
     for name, value in (("norm_layer", norm_layer), ("act_layer", act_layer)):
-        if not (isinstance(value, str) or callable(value)):
+        if not (isinstance(value, str) or _makes_modules(value)):
             raise TypeError(f"{name} must be a layer's timm name or class, got {value!r} ({type(value).__name__})")
     try:
         create_act_layer(act_layer)  # timm looks a name up only when the fused layer is built
@@ -103,4 +110,13 @@ def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..
         ) from error
     if layer is None:
         raise ValueError(f"norm_layer must name a normalisation layer, got {norm_layer!r}")
-    return layer
+
+    def construct(channels: int, **kwargs: Any) -> nn.Module:
+        try:
+            return layer(channels, **kwargs)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"norm_layer must take {channels} channels and the arguments {', '.join(kwargs)}, "
+                f"{norm_layer!r} does not ({str(error) or type(error).__name__})") from error
+
+    return construct
