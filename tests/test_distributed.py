@@ -31,13 +31,17 @@ def torchrun(*args: str | Path) -> subprocess.CompletedProcess[str]:
         capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
 
 
-EXACT = """
-import copy, sys, torch, torch.nn as nn
+START = """
+import copy, torch, torch.nn as nn
+import cpu_modules
+from cpu_modules import use_cpu_kernels
 from distributed import data_parallel, join_world, leave_world, sync_batch_norm
-from timm.layers import BatchNormAct2d
-from ran_layers import AttentionModule
+from ran_layers import AttentionModule, ResidualUnitDown
 
 world, device = join_world("cpu")
+"""
+
+EXACT = """
 torch.manual_seed(0)
 # Both kinds of batch normalisation; the second without a fixed momentum.
 model = nn.Sequential(AttentionModule(8), nn.BatchNorm2d(8, momentum=None)).double()
@@ -57,25 +61,9 @@ torch.testing.assert_close(model.eval()(x), alone.eval()(x))
 assert world.any(7 * world.rank) == 7
 assert world.gather(torch.tensor([world.rank], dtype=torch.uint8)).tolist() == [[0], [1]]
 assert world.share(torch.arange(4)).tolist() == [2 * world.rank, 2 * world.rank + 1]
-leave_world()
 """
 
-
-def test_global_batch_norm_gradients_and_statistics_are_those_of_one_process(tmp_path):
-    script = tmp_path / "exact.py"
-    script.write_text(EXACT)
-    done = torchrun(script)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 KERNELS = """
-import copy, torch, torch.nn as nn
-import cpu_modules
-from cpu_modules import use_cpu_kernels
-from distributed import data_parallel, join_world, leave_world, sync_batch_norm
-from ran_layers import AttentionModule, ResidualUnitDown
-
-world, device = join_world("cpu")
 calls, normalize_globally = [], cpu_modules.normalize_globally
 cpu_modules.normalize_globally = lambda *args: calls.append(args) or normalize_globally(*args)
 
@@ -110,14 +98,12 @@ def compare(bf16, tolerance):
 
 compare(bf16=False, tolerance=1e-4)
 compare(bf16=True, tolerance=5e-2)
-leave_world()
 """
 
 
-@pytest.mark.skipif(library() is None, reason="the kernels cannot be built here")
-def test_kernels_normalise_the_global_batch(tmp_path):
-    script = tmp_path / "kernels.py"
-    script.write_text(KERNELS)
+def test_global_batch_norm_gradients_and_statistics_are_those_of_one_process(tmp_path):
+    script = tmp_path / "compare.py"  # one for both, as starting two processes takes most of the time
+    script.write_text(START + EXACT + (KERNELS if library() else "") + "leave_world()\n")
     done = torchrun(script)
     assert done.returncode == 0, done.stderr[-3000:]
 
