@@ -337,7 +337,7 @@ def eval_only(args: argparse.Namespace) -> None:
         if given.model is None:
             raise RunError("--eval-only needs --out, the folder of a finished run, or --model, a name that has weights")
         result: dict[str, Any] = {"model": args.model, "dataset": args.dataset, "final": {}}
-        precision = "bf16" if bf16_is_fast(device) else "fp32"
+        precision = None
     else:
         try:
             result = json.loads((args.out / "result.json").read_text())
@@ -348,7 +348,7 @@ def eval_only(args: argparse.Namespace) -> None:
         for name, value in of_the_run.items():
             if getattr(given, name) not in (None, value):
                 raise RunError(f"--{name} {getattr(given, name)}: the run in {args.out} is of {value}; leave it out")
-    precision = args.precision or precision
+    precision = args.precision or precision or ("bf16" if bf16_is_fast(device) else "fp32")
     data = load_dataset(result["dataset"], args.data_dir)
     model = load_exported(args.out) if args.out else load_pretrained(args.model, len(data.class_names))
     model = model.to(device, memory_format=torch.channels_last)

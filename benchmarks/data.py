@@ -54,7 +54,7 @@ def load_dataset(name: str, data_dir: str | None = None) -> Dataset:
             any folder further in.
 
     Raises:
-        RunError: Files are missing, damaged, or of another form.
+        RunError: The files are missing, some or all, damaged, or of another form.
     """
     if name == "digits":
         splits, names = _digits()
@@ -97,11 +97,11 @@ def read_split(
     """Return images, labels and class names of the first ``rows`` rows (all if None) of one split of a CIFAR data set.
 
     Raises:
-        RunError: The files are missing, damaged, or of another form.
+        RunError: The files are missing, some or all, damaged, or of another form.
     """
     spec = SPECS[name]
     files = _local_files(spec, Path(data_dir)) if data_dir else _hub_files(spec)
-    _check_complete(files[split])
+    _check_complete(files[split], split)
     return _read_parquet(files[split], spec, rows)
 
 
@@ -129,14 +129,13 @@ def _local_files(spec: Spec, data_dir: Path) -> dict[str, list[Path]]:
         f"{data_dir / spec.repo / spec.folder}/train-*.parquet and test-*.parquet")
 
 
-def _check_complete(files: list[Path]) -> None:
-    """Raise if files are missing of a split in parts, ``train-00000-of-00003.parquet`` and so on."""
+def _check_complete(files: list[Path], split: str) -> None:
+    """Raise if ``files`` lack some of a ``split`` in parts, ``train-00000-of-00003.parquet`` and so on."""
     parts = [match for file in files if (match := re.search(r"-(\d+)-of-(\d+)$", file.stem))]
     for total in {match[2] for match in parts}:
         there = {int(match[1]) for match in parts if match[2] == total}
         missing = sorted(set(range(int(total))) - there)
         if missing:
-            split = files[0].name.split("-")[0]
             names = ", ".join(f"{split}-{number:05}-of-{total}.parquet" for number in missing[:3])
             raise RunError(f"{files[0].parent}: {len(missing)} of the {int(total)} {split} files are missing ({names}"
                            f"{', ...' if len(missing) > 3 else ''}); fetch them")

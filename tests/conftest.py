@@ -32,13 +32,7 @@ def data_dir() -> Path:
     return path
 
 
-# The files that take longest, which pytest-xdist hands out whole: one of them at the end would leave a process idle.
-LONGEST = ("test_keras.py", "test_docs.py", "test_distributed.py", "test_study.py", "test_survive.py")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rank = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

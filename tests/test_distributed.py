@@ -106,6 +106,8 @@ def test_global_batch_norm_gradients_and_statistics_are_those_of_one_process(tmp
     script.write_text(START + EXACT + (KERNELS if library() else "") + "leave_world()\n")
     done = torchrun(script)
     assert done.returncode == 0, done.stderr[-3000:]
+    if library() is None:
+        pytest.skip("the kernels cannot be built here: the rest is compared, and equal")
 
 
 @pytest.mark.skipif(library() is None, reason="the kernels cannot be built here")
