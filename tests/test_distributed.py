@@ -73,25 +73,28 @@ def compare(bf16, tolerance):
     model = nn.Sequential(
         AttentionModule(64), ResidualUnitDown(64, 128), nn.BatchNorm2d(128), nn.Conv2d(128, 12, 1), nn.BatchNorm2d(12))
     model = model.to(memory_format=torch.channels_last)
-    # The reference is computed in double precision, or rounded alike by one process.
-    alone = copy.deepcopy(model)
-    use_cpu_kernels(alone) if bf16 else alone.double()
+    exact, alone = copy.deepcopy(model).double(), copy.deepcopy(model)
+    use_cpu_kernels(alone)
     use_cpu_kernels(model, synced=True)
     x = torch.randn(6, 64, 9, 8).contiguous(memory_format=torch.channels_last)
     y = torch.randn(6, 12, 5, 4)
     together = data_parallel(sync_batch_norm(model, device), world, device)
     calls.clear()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        output = together(world.share(x.bfloat16() if bf16 else x))
-        wanted = alone(x.bfloat16() if bf16 else x.double())
-    loss = (output.float() - world.share(y)).square().mean()
-    loss.backward()
+    losses = []
+    for network, images, targets in ((together, world.share(x), world.share(y)), (alone, x, y)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = network(images.bfloat16() if bf16 else images)
+        losses.append((output.float() - targets).square().mean())
+        losses[-1].backward()
     assert len(calls) == 1
-    expected = (wanted.double() - y).square().mean()
-    expected.backward()
-    assert abs(world.mean(loss.detach()) - expected.detach()) < tolerance / 10
-    grads = [torch.cat([p.grad.double().flatten() for p in network.parameters()]) for network in (model, alone)]
-    assert (grads[0] - grads[1]).norm() < tolerance * grads[1].norm()
+    (exact(x.double()) - y).square().mean().backward()
+    assert abs(world.mean(losses[0].detach()) - losses[1].detach()) < tolerance / 10
+    shared, own, wanted = (
+        torch.cat([p.grad.double().flatten() for p in network.parameters()]) for network in (model, alone, exact))
+    # bfloat16 gradients of so deep a network are some percent off, each time others: two processes' no more than one's.
+    # In float32 a single value that is rounded to the other side of zero before a ReLU makes three thousandths.
+    error = (shared - wanted).norm() / wanted.norm()
+    assert error < (1.3 * (own - wanted).norm() / wanted.norm() if bf16 else 1e-2), error
     torch.testing.assert_close(
         {name: value.double() for name, value in model.state_dict().items()},
         {name: value.double() for name, value in alone.state_dict().items()}, rtol=tolerance / 10, atol=tolerance / 100)
