@@ -26,19 +26,12 @@ from cpu_kernels import kernels_pay, why_no_kernels
 from data import DATASETS, Dataset, corrupt_labels, load_dataset
 from display import Display, count, duration, show_plan
 from distributed import World, join_world, leave_world
-from environment import (
-    bf16_is_fast,
-    command_line,
-    hardware,
-    keep_freed_memory,
-    pick_device,
-    synchronize,
-    versions,
-)
+from environment import command_line, hardware, keep_freed_memory, pick_device, synchronize, versions
 from errors import RunError, told_in_one_line
 from evaluate import evaluate, export_model, load_exported, load_pretrained
 from gpu import COMPILE_MODES, choose_kernels, price_of_determinism
 from network import begin_with, build_model
+from precision import pick_precision
 from recipes import CHOICES, RECIPES, Recipe, make_recipe
 from result import earlier_runs, print_final, write_result
 from trainer import Trainer
@@ -153,6 +146,9 @@ def train(args: argparse.Namespace) -> None:
     model, macs = build_model(args, recipe, data)
     if initial is not None:
         begin_with(model, initial, args.initial_checkpoint)
+    if args.precision is None:
+        slow = pick_precision(device, model, args.cpu_kernels) == "fp32"
+        args.precision = settings["precision"] = "fp32" if world.any(int(slow)) else "bf16"
     out.mkdir(parents=True, exist_ok=True)
     params = sum(p.numel() for p in model.parameters())
     model = model.to(device, memory_format=torch.channels_last)
@@ -215,13 +211,11 @@ def train(args: argparse.Namespace) -> None:
 
 def suit_the_machine(
         args: argparse.Namespace, world: World, device: torch.device, resumed: dict[str, Any]) -> None:
-    """Decide what the command leaves open: precision, compilation and the kernels of a CPU.
+    """Decide what the command leaves open: compilation, the kernels of a CPU, and of a resumed run the precision.
 
     What is measured for that may come out otherwise another time or in another process, so the settings of a run that
     is ``resumed`` hold, and all processes do as the most careful of them.
     """
-    args.precision = args.precision or resumed.get("precision") or (
-        "fp32" if world.any(int(not bf16_is_fast(device))) else "bf16")
     # oneDNN's own kernels are as fast as compiled ones on a CPU.
     args.compile = args.compile or ("units" if device.type == "cuda" else "off")
     if args.cpu_kernels is None:
@@ -232,6 +226,7 @@ def suit_the_machine(
             raise RunError(f"--cpu-kernels are not to be had here: {obstacle}")
         if args.cpu_kernels is None:
             args.cpu_kernels = not world.any(int(obstacle is not None or not kernels_pay()))
+    args.precision = args.precision or resumed.get("precision")  # None: the network decides
 
 
 def saved_arguments(out: Path) -> dict[str, Any]:
@@ -348,7 +343,7 @@ def eval_only(args: argparse.Namespace) -> None:
         for name, value in of_the_run.items():
             if getattr(given, name) not in (None, value):
                 raise RunError(f"--{name} {getattr(given, name)}: the run in {args.out} is of {value}; leave it out")
-    precision = args.precision or precision or ("bf16" if bf16_is_fast(device) else "fp32")
+    precision = args.precision or precision or pick_precision(device)
     data = load_dataset(result["dataset"], args.data_dir)
     model = load_exported(args.out) if args.out else load_pretrained(args.model, len(data.class_names))
     model = model.to(device, memory_format=torch.channels_last)

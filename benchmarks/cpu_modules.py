@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from cpu_kernels import CHANNELS, batch_norm_act, fits, gate, norm_act_conv
+from cpu_kernels import CHANNELS, batch_norm_act, fits, gate, norm_act_conv, norm_act_conv_and_shortcut
 from distributed import normalize_globally
 from timm.layers import BatchNormAct2d
 
@@ -77,24 +77,51 @@ def _norm_act_conv(
         norm: Any, conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``conv(norm(x)) + other``, and ``x`` for what goes past all that."""
-    if isinstance(norm, _BatchNormAct2d) and type(norm.act) is nn.ReLU and norm.fits(x) and _conv_fits(conv, x, other):
+    if _norm_act_fits(norm, x) and _conv_fits(conv, x, other):
         return norm_act_conv(norm, x, conv.weight, conv.stride[0], other, norm.synced)
     y, past = norm.with_input(x) if isinstance(norm, _BatchNormAct2d) else (norm(x), x)
     y = conv(y)
     return y if other is None else y + other, past
 
 
+def _norm_act_fits(norm: Any, x: torch.Tensor) -> bool:
+    return isinstance(norm, _BatchNormAct2d) and type(norm.act) is nn.ReLU and norm.fits(x)
+
+
 def _conv_fits(conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None) -> bool:
     """Whether the kernels have this convolution of the map ``x``, and the sum with ``other``."""
-    computed_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    if not (type(conv) is nn.Conv2d and x.dtype is computed_in and conv.weight.dtype is torch.float32
-            and conv.out_channels % CHANNELS == 0 and conv.bias is None and conv.groups == 1
-            and conv.dilation == (1, 1) and conv.padding_mode == "zeros"):
-        return False
     if conv.kernel_size == (3, 3):
-        return other is None and conv.padding == (1, 1) and conv.stride[0] == conv.stride[1]
-    return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and (other is None or (
+        return other is None and _has_weight(conv, x, 3)
+    return _has_weight(conv, x, 1) and conv.stride == (1, 1) and (other is None or (
         other.shape == (len(x), conv.out_channels, *x.shape[2:]) and other.dtype is x.dtype and fits(other)))
+
+
+def _has_weight(conv: nn.Conv2d, x: torch.Tensor, size: int) -> bool:
+    """Whether ``conv`` has such a weight as the kernels take, of ``size``, for a map like ``x``."""
+    computed_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    return x.dtype is computed_in and conv.weight.dtype is torch.float32 and _is_plain(conv, size)
+
+
+def _is_plain(conv: nn.Conv2d, size: int) -> bool:
+    """Whether ``conv`` is a convolution of ``size`` and nothing else."""
+    return (
+        type(conv) is nn.Conv2d and conv.in_channels % CHANNELS == conv.out_channels % CHANNELS == 0
+        and conv.bias is None and conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+        and conv.kernel_size == (size, size) and conv.padding == (size // 2, size // 2)
+        and conv.stride[0] == conv.stride[1])
+
+
+def share_of_kernels(model: nn.Module) -> float:
+    """Return the share of the weights of convolutions in ``model`` whose convolutions the kernels have."""
+    weights = sum(conv.weight.numel() for conv in model.modules() if isinstance(conv, nn.Conv2d))
+    taken = 0
+    for unit in model.modules():
+        if isinstance(unit, (ResidualUnit, MaskHead)):
+            norms = [norm for name, norm in unit.named_children() if name.startswith("norm")]
+            if all(isinstance(norm, BatchNormAct2d) and type(norm.act) is nn.ReLU for norm in norms):
+                taken += sum(conv.weight.numel() for conv in unit.children()
+                             if isinstance(conv, nn.Conv2d) and any(_is_plain(conv, size) for size in (1, 3)))
+    return taken / max(1, weights)
 
 
 class _ResidualUnit(ResidualUnit):
@@ -103,6 +130,9 @@ class _ResidualUnit(ResidualUnit):
             return super().forward(x)
         if self.downsample is None:
             x, shortcut = _norm_act_conv(self.norm1, self.conv1, x)
+        elif _norm_act_fits(self.norm1, x) and all(_has_weight(conv, x, 1) for conv in (self.conv1, self.downsample)):
+            x, shortcut = norm_act_conv_and_shortcut(
+                self.norm1, x, self.conv1.weight, self.downsample.weight, self.downsample.stride[0], self.norm1.synced)
         else:
             preact = self.norm1(x)
             x, shortcut = self.conv1(preact), self.downsample(preact)

@@ -3,7 +3,6 @@ import ctypes
 import os
 import platform
 import shlex
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -52,35 +51,6 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, 2 ** 31 - 1)
-
-
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 natively and at least as fast as float32.
-
-    Not all that have the instructions do: of Intel's with AVX512-BF16, those without AMX take them at half the speed of
-    float32's. So a CPU is asked, in some hundredths of a second, on one thread, which a busy machine disturbs least.
-    The answer is about a half or about two, and bfloat16 is taken if it is clearly the faster.
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if not any(
-            getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")):
-        return False
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        seconds = {dtype: min(_product_seconds(dtype) for _ in range(5)) for dtype in (torch.float32, torch.bfloat16)}
-    finally:
-        torch.set_num_threads(threads)
-    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
-
-
-def _product_seconds(dtype: torch.dtype, size: int = 384) -> float:
-    """Return the time of a matrix product on the CPU."""
-    x = torch.ones(size, size, dtype=dtype)
-    started = time.perf_counter()
-    x @ x
-    return time.perf_counter() - started
 
 
 def command_line(

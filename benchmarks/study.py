@@ -27,7 +27,7 @@ from arguments import positive
 from checkpoint import FILE_NAME, load_state
 from cifar import parse_args
 from display import duration
-from environment import bf16_is_fast, hardware, machine, pick_device
+from environment import hardware, machine, pick_device
 from errors import RunError, told_in_one_line
 from evaluate import count_macs
 from experiments import EXPERIMENTS, TABLES, Experiment
@@ -99,14 +99,13 @@ class Clock:
     def __init__(self, results: Path, runs: Path, device: torch.device) -> None:
         self.runs = runs
         self.name = machine(hardware(device))
-        self.precision = "bf16" if bf16_is_fast(device) else "fp32"
         self.speeds: dict[tuple[str, str], float] = {}  # MACs/s by model and recipe
         for file in (*results.glob("*.json"), *(HERE.parent / "ran_layers" / "weights").glob("*.json")):
             self.add(json.loads(file.read_text()))
 
     def add(self, result: dict[str, Any]) -> None:
         """Learn from a finished run, if it was on such a machine."""
-        if machine(result["hardware"]) == self.name and result["settings"]["precision"] == self.precision:
+        if machine(result["hardware"]) == self.name:
             self.speeds[result["model"], result["recipe"]] = result["images_per_s"] * result["macs"]
 
     def seconds(self, run: Run, rows: int = 50_000) -> float | None:

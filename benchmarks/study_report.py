@@ -140,9 +140,12 @@ def compare(row: Row, group: Finished, finished: dict[str, list[Finished]]) -> s
 
 
 def conditions(result: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what a run was trained on and with, which two runs must share to be compared."""
+    """Return what a run was trained with, which two runs must share to be compared.
+
+    Two processors differ by rounding, as two orders of the same sums on one do: not more than the seeds differ.
+    """
     settings = result["settings"]
-    return (machine(result["hardware"]), result["versions"]["torch"], result["processes"], settings["precision"],
+    return (result["hardware"]["device"], result["versions"]["torch"], result["processes"], settings["precision"],
             settings.get("cpu_kernels", False))
 
 

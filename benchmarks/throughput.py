@@ -4,8 +4,8 @@
 
 Cases, all in one process and in turn, so that a machine whose speed drifts is fair to each:
 
-- ``harness``: the network as `cifar.py` trains it (channels last, bfloat16 where that is fast, compiled and replayed as
-  a CUDA graph on a GPU, with our kernels on a CPU, data resident and augmented in batches);
+- ``harness``: the network as `cifar.py` trains it (channels last, bfloat16 where that is faster, compiled and replayed
+  as a CUDA graph on a GPU, with our kernels on a CPU, data resident and augmented in batches);
 - ``dataloader``: the same network in float32, NCHW, eager, fed by a DataLoader with per-image PIL transforms, as
   published re-implementations do;
 - timm's ``resnet50`` and ``resnetv2_50`` in the harness's form, for the price of the attention.
@@ -30,19 +30,11 @@ from arguments import check_models, positive, positive_seconds
 from checkpoint import write_atomic, write_json
 from cpu_kernels import kernels_pay, why_no_kernels
 from distributed import World
-from environment import (
-    bf16_is_fast,
-    command_line,
-    hardware,
-    keep_freed_memory,
-    machine,
-    pick_device,
-    synchronize,
-    versions,
-)
+from environment import command_line, hardware, keep_freed_memory, machine, pick_device, synchronize, versions
 from errors import told_in_one_line
 from evaluate import count_macs
 from gpu import Replayed, choose_kernels
+from precision import pick_precision
 from recipes import Recipe, make_optimizer
 from timm import create_model
 from torch.utils.data import DataLoader
@@ -90,16 +82,16 @@ def measure(
     Args:
         loaders: What :func:`load` returned, by batch size.
     """
-    precision = "bf16" if bf16_is_fast(device) else "fp32"
     choose_kernels(deterministic=False)
     cases: list[Case] = []
     for batch_size in args.batch_sizes:
         for name in dict.fromkeys((*args.models, *PRICE_OF_ATTENTION)):
-            cases.append(Harness(name, batch_size, args.size, device, precision))
+            cases.append(Harness(name, batch_size, args.size, device))
             cases[-1].warm_up()
             if name in args.models:
-                cases.append(Loaded(name, batch_size, args.size, device, precision, loaders[batch_size]))
+                cases.append(Loaded(name, batch_size, args.size, device, loaders[batch_size]))
                 cases[-1].warm_up()
+    precision = pick_precision(device)  # of the faster matrix product, whatever each case trains in
     ceilings: dict[str, list[float]] = {"matmul_flops": [], "copy_bytes": []}
     for _ in range(args.rounds):
         ceilings["matmul_flops"].append(matmul_flops(device, precision))
@@ -119,15 +111,15 @@ class Case:
     """One network in one form at one batch size."""
 
     form: str
+    precision = "fp32"
 
-    def __init__(self, name: str, batch_size: int, size: int, device: torch.device, precision: str) -> None:
+    def __init__(self, name: str, batch_size: int, size: int, device: torch.device) -> None:
         self.name, self.batch_size, self.device = name, batch_size, device
         self.bytes_before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         torch.manual_seed(0)
         self.model: Any = create_model(name, num_classes=10)
         self.model.pretrained_cfg["input_size"] = (3, size, size)
         self.macs = count_macs(self.model)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         self.speeds: dict[str, list[float]] = {"forward": [], "train": []}
         self.compile_seconds = 0.0
         self.peak_bytes = 0
@@ -185,7 +177,7 @@ class Case:
 
     def summary(self, matmul_ceiling: float) -> dict[str, Any]:
         row: dict[str, Any] = dict(
-            form=self.form, model=self.name, batch_size=self.batch_size, macs=self.macs,
+            form=self.form, precision=self.precision, model=self.name, batch_size=self.batch_size, macs=self.macs,
             first_steps_seconds=self.compile_seconds, peak_bytes=self.peak_bytes or None)
         for kind, speeds in self.speeds.items():
             median = statistics.median(speeds)
@@ -209,6 +201,8 @@ class Harness(Case):
         labels = torch.randint(10, (rows,))
         compile_mode = "units" if device.type == "cuda" else "off"
         kernels = why_no_kernels(device, compile_mode) is None and kernels_pay()
+        self.precision = pick_precision(device, model, kernels)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
         self.trainer = Trainer(
             model, Recipe(epochs=10 ** 6, batch_size=self.batch_size), images.to(device), labels.to(device),
             self.autocast, 0, World(), False, compile_mode, kernels)
@@ -250,10 +244,10 @@ class Loaded(Case):
     form = "dataloader"
 
     def __init__(
-            self, name: str, batch_size: int, size: int, device: torch.device, precision: str,
+            self, name: str, batch_size: int, size: int, device: torch.device,
             batches: Iterator[list[torch.Tensor]]) -> None:
         self.batches = batches
-        super().__init__(name, batch_size, size, device, precision)
+        super().__init__(name, batch_size, size, device)
 
     def prepare(self) -> None:
         self.model = self.model.to(self.device)
@@ -348,15 +342,19 @@ def _best_of_three(function: Callable[[], Any], device: torch.device) -> float:
 def print_table(result: dict[str, Any]) -> None:
     """Print a line a case: medians, and in brackets the lowest and highest round."""
     ceilings = result["ceilings"]
-    print(f"{machine(result['hardware'])}, {result['precision']}: matrix product "
+    print(f"{machine(result['hardware'])}: matrix product in {result['precision']} "
           f"{ceilings['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s")
-    print(f"{'case':<36}{'batch':>6}{'forward, images/s':>24}{'train, images/s':>24}"
+    print(f"{'case':<42}{'batch':>6}{'forward, images/s':>24}{'train, images/s':>24}"
           f"{'of ceiling':>12}{'peak memory':>14}")
     for row in result["cases"]:
         speeds = [f"{row[k]['images_per_s']:.0f} ({row[k]['lowest']:.0f}-{row[k]['highest']:.0f})"
                   for k in ("forward", "train")]
-        print(f"{row['model'] + ', ' + row['form']:<36}{row['batch_size']:>6}{speeds[0]:>24}{speeds[1]:>24}"
+        print(f"{named(row):<42}{row['batch_size']:>6}{speeds[0]:>24}{speeds[1]:>24}"
               f"{100 * row['train']['fraction_of_matmul']:>10.1f} %{(row['peak_bytes'] or 0) / 2 ** 20:>10.0f} MiB")
+
+
+def named(row: dict[str, Any]) -> str:
+    return ", ".join(row[key] for key in ("model", "form", "precision"))
 
 
 def draw(result: dict[str, Any]) -> bytes:
@@ -372,9 +370,9 @@ def draw(result: dict[str, Any]) -> bytes:
               [row["train"]["highest"] - m for m, row in zip(medians, rows)]]
     colors = ["tab:blue" if row["form"] == "harness" else "tab:gray" for row in rows]
     figure, axes = plt.subplots(figsize=(8, 0.5 + 0.45 * len(rows)), layout="constrained")
-    axes.barh([f"{row['model']}, {row['form']}, batch {row['batch_size']}" for row in rows], medians, xerr=spread,
-              color=colors, capsize=3)
-    axes.set(xlabel="training, images/s", title=f"{machine(result['hardware'])}, {result['precision']}")
+    axes.barh([f"{named(row)}, batch {row['batch_size']}" for row in rows], medians, xerr=spread, color=colors,
+              capsize=3)
+    axes.set(xlabel="training, images/s", title=machine(result["hardware"]))
     axes.spines[["top", "right"]].set_visible(False)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

@@ -251,7 +251,9 @@ def throughput_elsewhere() -> str:
 
 def _speeds(result: dict[str, Any]) -> str:
     rows = [(
-        f"`{row['model']}`, {row['form']}", str(row["batch_size"]),
+        # Results from before each case said its precision had the same for all of a form.
+        f"`{row['model']}`, {row['form']}, "
+        + row.get("precision", result["precision"] if row["form"] == "harness" else "fp32"), str(row["batch_size"]),
         *(f"{row[kind]['images_per_s']:.0f} ({row[kind]['lowest']:.0f} to {row[kind]['highest']:.0f})"
           for kind in ("forward", "train")),
         f"{100 * row['train']['fraction_of_matmul']:.0f} %",
@@ -260,8 +262,8 @@ def _speeds(result: dict[str, Any]) -> str:
     ceilings = result["ceilings"]
     head = ("network, form", "batch", "forward, images/s", "training, images/s", "of the ceiling", "memory of a step")
     return (table(head, "lrrrrr", rows)
-            + f"\n\n`{result['command']}` on {machine(result['hardware'])}, "
-              f"{result['precision']}: matrix product {ceilings['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, "
+            + f"\n\n`{result['command']}` on {machine(result['hardware'])}: matrix product in "
+              f"{result['precision']} {ceilings['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, "
               f"copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s. Medians, lowest to highest.")
 
 

@@ -1,5 +1,6 @@
 """The kernels for training on a CPU: the numbers of torch, and where they step aside."""
 import copy
+import functools
 import json
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
 import cpu_kernels
+import precision
 from cpu_kernels import gate, kernels_pay, library, norm_act_conv, why_no_kernels
-from cpu_modules import use_cpu_kernels
+from cpu_modules import share_of_kernels, use_cpu_kernels
+from precision import pick_precision
 
 from ran_layers import AttentionModule, ResidualUnit, ResidualUnitDown, record_masks
 
@@ -205,6 +208,28 @@ def test_norm_relu_and_3x3_convolution(shape, dtype, stride, threads, monkeypatc
 
 
 @needs_compiler
+@pytest.mark.skipif("avx512_bf16" not in cpu_kernels._processor("flags"), reason="the processor has no AVX512-BF16")
+@pytest.mark.parametrize("shape", [(4, 16, 64, 6, 7), (3, 512, 128, 1, 1)])
+@pytest.mark.parametrize("size", [1, 3])
+def test_bfloat16_multiplied_in_pairs_and_widened(size, shape, monkeypatch):
+    """Which of the two a processor is given depends on its maker; here both are."""
+    batch, channels, channels_out, height, width = shape
+    x = (2 * torch.randn(batch, channels, height, width)).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight, results = torch.randn(channels_out, channels, size, size) / channels ** 0.5, []
+    norm, _ = norm_and_twin(channels, relu=True)
+    for pairs in (True, False):
+        monkeypatch.setattr(cpu_kernels, "multiplies_bf16", lambda pairs=pairs: pairs)
+        monkeypatch.setattr(cpu_kernels, "library", functools.cache(library.__wrapped__))
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+        y, _ = norm_act_conv(norm, inputs[0], inputs[1])
+        y.backward(torch.ones_like(y))
+        results.append([y, *(tensor.grad for tensor in inputs)])
+    for in_pairs, widened in zip(*results):
+        assert not torch.equal(in_pairs, widened)
+        assert (in_pairs.double() - widened).norm() < 2 ** -7 * widened.double().norm()
+
+
+@needs_compiler
 def test_the_kernels_are_what_a_network_trains_with():
     model = timm.create_model("ran_att56_cifar").to(memory_format=torch.channels_last)
     use_cpu_kernels(model)
@@ -213,10 +238,11 @@ def test_the_kernels_are_what_a_network_trains_with():
     calls = {event.key: event.count for event in profile.key_averages()}
     units = sum(isinstance(module, ResidualUnit) for module in model.modules())
     changing = sum(isinstance(module, ResidualUnit) and module.downsample is not None for module in model.modules())
-    assert calls["_NormActConv"] == 3 * units - changing + 2 * 3  # and the heads of three masks
+    # Where channels change, the first convolution and the shortcut share an activated map. And three masks have heads.
+    assert calls["_NormActConv"] == 3 * units - changing + 2 * 3
+    assert calls["_NormActConvAndShortcut"] == changing
     assert calls["_Gate"] == 3
-    # The stem; and where channels change, the first convolution and the shortcut share an activated map.
-    assert calls["aten::convolution"] == 1 + 2 * changing
+    assert calls["aten::convolution"] == 1  # the stem's
 
 
 @needs_compiler
@@ -299,6 +325,27 @@ def test_gradients_of_a_network_are_as_exact_as_those_of_torch():
     torchs_error, error = ((grad - grads[2]).norm() / grads[2].norm() for grad in grads[:2])
     assert error < 2 * torchs_error
     assert torchs_error < 0.05
+
+
+@pytest.mark.parametrize(("name", "share"), [
+    ("ran_att56_cifar", 0.99), ("ran_att92_cifar_orig", 0.99), ("ran_att56", 0.99), ("resnet18", 0),
+    ("plain_cnn8_cifar", 0)])
+def test_share_of_the_convolutions(name, share):
+    found = share_of_kernels(timm.create_model(name))
+    assert found == 0 if share == 0 else share < found < 1  # the stem is torch's
+
+
+def test_bfloat16_is_for_those_who_gain_from_it(monkeypatch):
+    model, other = timm.create_model("ran_att56_cifar"), timm.create_model("resnet18")
+    monkeypatch.setattr(precision, "bf16_is_fast", lambda device: False)
+    monkeypatch.setattr(precision, "_says_yes", lambda name: True)
+    assert pick_precision(CPU, model, cpu_kernels=True) == "bf16"
+    assert pick_precision(CPU, model, cpu_kernels=False) == pick_precision(CPU, other, cpu_kernels=True) == "fp32"
+    assert pick_precision(CPU) == pick_precision(torch.device("cuda"), model, cpu_kernels=True) == "fp32"
+    monkeypatch.setattr(precision, "_says_yes", lambda name: False)
+    assert pick_precision(CPU, model, cpu_kernels=True) == "fp32"
+    monkeypatch.setattr(precision, "bf16_is_fast", lambda device: True)
+    assert pick_precision(CPU, other) == "bf16"
 
 
 def test_obstacles_are_named(monkeypatch, capsys, tmp_path):

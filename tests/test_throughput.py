@@ -1,5 +1,6 @@
 """The measurement of speed in small: what it times, and what it writes."""
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def test_cases_are_timed_in_turn_and_compared_with_the_ceilings(tmp_path, monkey
     throughput.main(["--models", "plain_cnn8_cifar", "--batch-sizes", "2", "--rounds", "2", "--seconds", "0.01",
                      "--device", "cpu", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "throughput.json").read_text())
+    assert result["cases"][1]["precision"] == "fp32"
     assert [(row["form"], row["model"]) for row in result["cases"]] == [
         ("harness", "plain_cnn8_cifar"), ("dataloader", "plain_cnn8_cifar"), ("harness", "resnet50"),
         ("harness", "resnetv2_50")]
@@ -27,7 +29,7 @@ def test_cases_are_timed_in_turn_and_compared_with_the_ceilings(tmp_path, monkey
             assert speed["fraction_of_matmul"] == pytest.approx(speed["images_per_s"] * 2 * row["macs"] * passes / 1e12)
     assert "--models plain_cnn8_cifar --batch-sizes 2" in result["command"]
     assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
-    assert "matrix product 1000 GFLOP/s" in capsys.readouterr().out
+    assert re.search("matrix product in (bf16|fp32) 1000 GFLOP/s", capsys.readouterr().out)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

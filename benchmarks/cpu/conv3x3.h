@@ -10,6 +10,7 @@
 
 #include "norm.h"
 #include "pointwise.h"
+#include "product.h"
 #include "vectors.h"
 
 namespace {
@@ -57,13 +58,13 @@ void conv3x3_forward(const T* x, T* y, const float* saved, const float* weight, 
     typedef typename F::Word Word;
     const int64_t K = conv.K, N = conv.N, words = K / F::STEP, positions = conv.positions();
     const float *scale = saved + 2 * K, *shift = saved + 3 * K;
-    const std::vector<Word> packed = forward_words<T>(weight, TAPS, K, N, threads);
+    const Buffer<Word> packed = forward_words<T>(weight, TAPS, K, N, threads);
     const int64_t part = conv.part();
     const std::vector<int64_t> seen = conv.seen();
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
-        std::vector<T> activations(positions * part * K);  // by position, then by image
-        std::vector<float> sums(part * N);
+        Buffer<typename F::Value> activations(positions * part * K);  // by position, then by image
+        Buffer<float> sums(part * N);
         const int64_t last = conv.batch * (thread + 1) / threads;
         for (int64_t image = conv.batch * thread / threads; image < last; image += part) {
             const int64_t count = std::min(part, last - image);
@@ -74,13 +75,13 @@ void conv3x3_forward(const T* x, T* y, const float* saved, const float* weight, 
                               activated<true>(load(x + ((image + i) * positions + position) * K + k) * load(scale + k) +
                                               load(shift + k)));
             for (int64_t position = 0; position < conv.positions_out(); position++) {
-                std::fill(sums.begin(), sums.end(), 0.f);
+                Sum<T> products({words, 1, count, words, N, words}, sums.data(), false);
                 for (int tap = 0; tap < TAPS; tap++) {
                     const int64_t at = seen[position * TAPS + tap];
-                    if (at < 0) continue;
-                    multiply<T, true>({reinterpret_cast<const Word*>(&activations[at * part * K]), words, 1, count,
-                                       &packed[tap * words * N], words, N, words}, sums.data());
+                    if (at >= 0)
+                        products(reinterpret_cast<const Word*>(&activations[at * part * K]), &packed[tap * words * N]);
                 }
+                products.finish();
                 for (int64_t i = 0; i < count; i++)
                     for (int64_t n = 0; n < N; n += LANES)
                         store(y + ((image + i) * conv.positions_out() + position) * N + n, load(&sums[i * N + n]));
@@ -113,15 +114,15 @@ void conv3x3_backward(const T* grad_y, const T* x, T* grad_norm, const float* sa
     const int64_t K = conv.K, N = conv.N, words = N / F::STEP;
     const int64_t positions = conv.positions(), positions_out = conv.positions_out();
     const float *mean = saved, *scale = saved + 2 * K, *shift = saved + 3 * K;
-    const std::vector<Word> packed = backward_words<T>(weight, TAPS, K, N, threads);
+    const Buffer<Word> packed = backward_words<T>(weight, TAPS, K, N, threads);
     const int64_t part = conv.part();
     const std::vector<int64_t> seen = conv.seen(), seen_from = conv.seen_from();
-    std::vector<double> sums(threads * 2 * K);
-    std::vector<float> grad_weights(threads * TAPS * N * K);
+    Buffer<double> sums(threads * 2 * K);
+    Buffer<float> grad_weights(threads * TAPS * N * K);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
-        std::vector<Word> activations(positions * part / F::STEP * K), grads(positions_out * part / F::STEP * N);
-        std::vector<float> input_grads(part * K);
+        Buffer<Word> activations(positions * part / F::STEP * K), grads(positions_out * part / F::STEP * N);
+        Buffer<float> input_grads(part * K);
         const int64_t last = conv.batch * (thread + 1) / threads;
         for (int64_t image = conv.batch * thread / threads; image < last; image += part) {
             const int64_t count = std::min(part, last - image), steps = (count + F::STEP - 1) / F::STEP;
@@ -133,22 +134,27 @@ void conv3x3_backward(const T* grad_y, const T* x, T* grad_norm, const float* sa
             words_of_images(above, count, part, positions_out, N, grads.data(),
                             [=](int64_t row, int64_t n) { return row * N + n; },
                             [](Floats value, int64_t) { return value; });
-            for (int tap = 0; tap < TAPS; tap++)
+            for (int tap = 0; tap < TAPS; tap++) {
+                Sum<T> products({1, N, N, part / F::STEP, K, steps}, &grad_weights[(thread * TAPS + tap) * N * K],
+                                true);
                 for (int64_t position = 0; position < positions_out; position++) {
                     const int64_t at = seen[position * TAPS + tap];
-                    if (at < 0) continue;
-                    multiply<T, true>({&grads[position * part / F::STEP * N], 1, N, N,
-                                       &activations[at * part / F::STEP * K], part / F::STEP, K, steps},
-                                      &grad_weights[(thread * TAPS + tap) * N * K]);
+                    if (at >= 0) products(&grads[position * part / F::STEP * N], &activations[at * part / F::STEP * K]);
                 }
+                products.finish();
+            }
             for (int64_t position = 0; position < positions; position++) {
-                std::fill(input_grads.begin(), input_grads.end(), 0.f);
+                // Where a word has one value, the rows are there by position already, one after the other.
+                const bool apart = F::STEP > 1;
+                Sum<T> products({apart ? positions_out * words : N, 1, count, words, K, words}, input_grads.data(),
+                                false);
                 for (int tap = 0; tap < TAPS; tap++) {
                     const int64_t from = seen_from[position * TAPS + tap];
                     if (from < 0) continue;
-                    multiply<T, true>({reinterpret_cast<const Word*>(above + from * N), positions_out * words, 1,
-                                       count, &packed[tap * words * K], words, K, words}, input_grads.data());
+                    products(apart ? reinterpret_cast<const Word*>(above + from * N) : &grads[from * part * N],
+                        &packed[tap * words * K]);
                 }
+                products.finish();
                 for (int64_t k = 0; k < K; k += LINE) {
                     const Line a(scale + k), b(shift + k), middle(mean + k);
                     Line sum, product;

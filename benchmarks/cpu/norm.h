@@ -22,15 +22,15 @@ struct Shape {
         }
     }
 
-    std::vector<float> widen(const float* per_channel) const {
-        std::vector<float> wide(width);
+    Buffer<float> widen(const float* per_channel) const {
+        Buffer<float> wide(width);
         for (int64_t i = 0; i < width; i++) wide[i] = per_channel[i % channels];
         return wide;
     }
 
     int64_t first_row(int thread, int threads) const { return wide_rows * thread / threads; }
 
-    double narrow(const std::vector<double>& wide, int64_t channel) const {
+    double narrow(const Buffer<double>& wide, int64_t channel) const {
         double sum = 0;
         for (int64_t i = channel; i < int64_t(wide.size()); i += channels) sum += wide[i];
         return sum;
@@ -54,7 +54,7 @@ template <int N>
 struct Columns {
     Floats values[N];
 
-    explicit Columns(const std::vector<float>& from, int64_t column) : Columns(&from[column]) {}
+    explicit Columns(const Buffer<float>& from, int64_t column) : Columns(&from[column]) {}
 
     explicit Columns(const float* from) {
         for (int v = 0; v < N; v++) values[v] = load(from + v * LANES);
@@ -83,7 +83,7 @@ typedef Columns<VECTORS_OF_LINE> Line;
 
 // One double a column from each thread, added up in the order of the threads.
 struct Partial {
-    std::vector<double> sums, others;
+    Buffer<double> sums, others;
 
     Partial(int threads, int64_t width) : sums(threads * width), others(threads * width) {}
 };
@@ -94,9 +94,9 @@ void norm_moments(const T* x, double* moments, int64_t rows, int64_t channels, i
     const Shape shape(rows, channels);
     const int64_t width = shape.width;
     // Sums of squares lose the digits that mean and deviation differ in, unless they are taken around a typical value.
-    std::vector<float> center(channels);
+    Buffer<float> center(channels);
     for (int64_t c = 0; c < channels; c += LANES) store(&center[c], load(x + c));
-    const std::vector<float> centers = shape.widen(center.data());
+    const Buffer<float> centers = shape.widen(center.data());
     Partial partial(threads, width);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
@@ -142,7 +142,7 @@ template <bool RELU, class T>
 void norm_forward(const T* x, T* y, const float* saved, int64_t rows, int64_t channels, int threads) {
     const Shape shape(rows, channels);
     const int64_t width = shape.width;
-    const std::vector<float> scales = shape.widen(saved + 2 * channels), shifts = shape.widen(saved + 3 * channels);
+    const Buffer<float> scales = shape.widen(saved + 2 * channels), shifts = shape.widen(saved + 3 * channels);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++)
         each_part(shape, shape.first_row(thread, threads), shape.first_row(thread + 1, threads),
@@ -167,7 +167,7 @@ void norm_input_gradient(const T* grad_y, const T* grad_past, const T* x, T* gra
     const Shape shape(rows, channels);
     const int64_t width = shape.width;
     const float *mean = saved, *invstd = saved + channels, *scale = saved + 2 * channels;
-    std::vector<float> slope(channels), offset(channels);
+    Buffer<float> slope(channels), offset(channels);
     for (int64_t c = 0; c < channels; c++) {
         grad_bias[c] = float(own_sums[c]);
         grad_weight[c] = float(own_sums[channels + c] * invstd[c]);
@@ -175,8 +175,8 @@ void norm_input_gradient(const T* grad_y, const T* grad_past, const T* x, T* gra
         slope[c] = float(per_value);
         offset[c] = float(-scale[c] * sums[c] / rows_of_all - per_value * mean[c]);
     }
-    const std::vector<float> scales = shape.widen(scale), shifts = shape.widen(saved + 3 * channels);
-    const std::vector<float> slopes = shape.widen(slope.data()), offsets = shape.widen(offset.data());
+    const Buffer<float> scales = shape.widen(scale), shifts = shape.widen(saved + 3 * channels);
+    const Buffer<float> slopes = shape.widen(slope.data()), offsets = shape.widen(offset.data());
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++)
         each_part(shape, shape.first_row(thread, threads), shape.first_row(thread + 1, threads),
@@ -204,7 +204,7 @@ void norm_sums(const T* grad_y, const T* x, const float* saved, double* sums, in
                int threads) {
     const Shape shape(rows, channels);
     const int64_t width = shape.width;
-    const std::vector<float> means = shape.widen(saved), scales = shape.widen(saved + 2 * channels),
+    const Buffer<float> means = shape.widen(saved), scales = shape.widen(saved + 2 * channels),
                              shifts = shape.widen(saved + 3 * channels);
     Partial partial(threads, width);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)

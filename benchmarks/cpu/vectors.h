@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 #ifdef __AVX512BF16__
@@ -27,6 +28,25 @@ typedef double Doubles __attribute__((vector_size(8 * LANES)));
 struct BFloat16 {
     uint16_t bits;
 };
+
+// Memory that begins where a line of the cache does: vectors that lie across two lines are read and written twice.
+template <class T>
+struct Aligned {
+    typedef T value_type;
+    static constexpr std::align_val_t LINE_OF_CACHE{64};
+
+    Aligned() = default;
+    template <class U>
+    Aligned(const Aligned<U>&) {}
+
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE_OF_CACHE)); }
+    void deallocate(T* from, size_t) { ::operator delete(from, LINE_OF_CACHE); }
+    bool operator==(const Aligned&) const { return true; }
+    bool operator!=(const Aligned&) const { return false; }
+};
+
+template <class T>
+using Buffer = std::vector<T, Aligned<T>>;
 
 inline Floats load(const float* from) {
     Floats value;
