@@ -85,7 +85,7 @@ typedef Columns<VECTORS_OF_LINE> Line;
 struct Partial {
     Buffer<double> sums, others;
 
-    Partial(int threads, int64_t width) : sums(threads * width), others(threads * width) {}
+    Partial(int threads, int64_t width) : sums(threads * width, 0), others(threads * width, 0) {}
 };
 
 // Writes to `moments` the mean of each channel, then the sums of its squared differences from that.

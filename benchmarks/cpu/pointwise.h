@@ -143,8 +143,8 @@ void pointwise_backward(const T* grad_y, const T* x, T* grad_norm, const float* 
     const Buffer<Word> packed = backward_words<T>(weight, 1, K, N, threads);
     const int64_t part = part_rows(K, N);
     const Panels place(K, part / F::STEP);
-    Buffer<double> sums(threads * 2 * K);
-    Buffer<float> grad_weights(threads * N * K);
+    Buffer<double> sums(threads * 2 * K, 0);
+    Buffer<float> grad_weights(threads * N * K, 0);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
         Buffer<float> grads(part * K), part_sums(2 * K);

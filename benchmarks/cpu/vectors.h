@@ -41,6 +41,13 @@ struct Aligned {
 
     T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE_OF_CACHE)); }
     void deallocate(T* from, size_t) { ::operator delete(from, LINE_OF_CACHE); }
+
+    // What is to be zero says so; most is written before it is read.
+    template <class U>
+    void construct(U* value) { ::new (static_cast<void*>(value)) U; }
+    template <class U, class V>
+    void construct(U* value, const V& other) { ::new (static_cast<void*>(value)) U(other); }
+
     bool operator==(const Aligned&) const { return true; }
     bool operator!=(const Aligned&) const { return false; }
 };
