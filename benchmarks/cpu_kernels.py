@@ -113,9 +113,9 @@ def library() -> ctypes.CDLL | None:
 def multiplies_bf16() -> bool:
     """Whether the processor multiplies pairs of bfloat16 values faster than float32 ones.
 
-    Of the processors that have the instruction (`vdpbf16ps`), AMD's Zen 4 begins one a cycle, which is twice the speed
-    of float32; an Intel Xeon of the fifth generation one in three, which is a third of it. Maker and not a measurement
-    decide, since a run that is resumed must compute as it did.
+    Of the processors that have the instruction (`vdpbf16ps`), AMD's Zen 4 is twice as fast with it as in float32, an
+    Intel Xeon half as fast: 84 GFLOP/s a core against 130 to 175. Maker and not a measurement decide, since a run that
+    is resumed must compute as it did.
     """
     return _processor("vendor_id") == "AuthenticAMD" and "avx512_bf16" in _processor("flags").split()
 
