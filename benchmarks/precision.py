@@ -1,4 +1,5 @@
 """In which precision a network trains: in bfloat16 where that is faster, in float32 elsewhere."""
+import functools
 import time
 
 import torch
@@ -21,6 +22,7 @@ def pick_precision(device: torch.device, model: nn.Module | None = None, cpu_ker
     return "bf16" if converts and cpu_kernels and model is not None and share_of_kernels(model) > 0.9 else "fp32"
 
 
+@functools.cache
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether the processor multiplies bfloat16 natively and at least as fast as float32.
 

@@ -152,7 +152,7 @@ void conv3x3_backward(const T* grad_y, const T* x, T* grad_norm, const float* sa
                     const int64_t from = seen_from[position * TAPS + tap];
                     if (from < 0) continue;
                     products(apart ? reinterpret_cast<const Word*>(above + from * N) : &grads[from * part * N],
-                        &packed[tap * words * K]);
+                             &packed[tap * words * K]);
                 }
                 products.finish();
                 for (int64_t k = 0; k < K; k += LINE) {

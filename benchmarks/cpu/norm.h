@@ -2,7 +2,6 @@
 // two, processes that train together may exchange what the first has found.
 #pragma once
 #include <type_traits>
-#include <vector>
 
 #include "vectors.h"
 

@@ -4,7 +4,6 @@
 // K is the channels in, N those out, both multiples of LINE. What is summed over is K forward, N and rows backward.
 #pragma once
 #include <algorithm>
-#include <vector>
 
 #include "norm.h"
 #include "product.h"
