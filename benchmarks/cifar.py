@@ -9,6 +9,9 @@
     python benchmarks/cifar.py --eval-only --out DIR       # the accuracy of a finished run
     python benchmarks/cifar.py --eval-only --model NAME    # ... of the weights that timm has under a name
 """
+import openmp  # noqa: F401  (sets what torch reads when it is loaded)
+
+# isort: split
 import argparse
 import contextlib
 import json
@@ -149,7 +152,10 @@ def train(args: argparse.Namespace) -> None:
     if args.precision is None:
         slow = pick_precision(device, model, args.cpu_kernels) == "fp32"
         args.precision = settings["precision"] = "fp32" if world.any(int(slow)) else "bf16"
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be made a folder ({error.strerror}); name another") from error
     params = sum(p.numel() for p in model.parameters())
     model = model.to(device, memory_format=torch.channels_last)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -171,7 +177,7 @@ def train(args: argparse.Namespace) -> None:
                       + (f", {world.size} processes" if world.size > 1 else ""),
             "recipe": f"{recipe_name}, {count(recipe.epochs, 'epoch')} of {count(trainer.steps_per_epoch, 'step')} of "
                       f"{recipe.batch_size} images, {recipe.optimizer}, lr {recipe.lr:g}",
-            **({"begins with": str(args.initial_checkpoint)} if initial is not None and not resumed else {}),
+            **begins_with(args, resumed is not None),
             "out": f"{out}" + (f", resumed at step {trainer.step} of {trainer.total_steps}" if resumed else ""),
         })
     compile_seconds = trainer.compile()
@@ -207,6 +213,17 @@ def train(args: argparse.Namespace) -> None:
                   + (f"; {args.holdout} training images were held out and watched" if args.holdout else "")
                   + ("; the test set was watched, nothing was picked by it" if args.eval_every else ""),
     ), device, autocast)
+
+
+def begins_with(args: argparse.Namespace, resumed: bool) -> dict[str, str]:
+    """Return the line of the plan about the weights that a run begins with, where a reader may expect others."""
+    if resumed:
+        return {}
+    if args.initial_checkpoint:
+        return {"begins with": str(args.initial_checkpoint)}
+    if "." in args.model:
+        return {"begins with": "random weights, not those of the name; --initial-checkpoint takes a file of weights"}
+    return {}
 
 
 def suit_the_machine(
@@ -327,6 +344,9 @@ def _run_epochs(
 def eval_only(args: argparse.Namespace) -> None:
     """Print the accuracy of the run in ``--out`` or, without that, of timm's pretrained weights of ``--model``."""
     given = parse_args(args.argv, {"model": None, "dataset": None})
+    for name in (*given.overrides, "recipe", "resume", "initial_checkpoint"):
+        if name in given.overrides or getattr(given, name):
+            raise RunError(f"--eval-only trains nothing; leave out --{name.replace('_', '-')}")
     device = pick_device(args.device)
     if args.out is None:
         if given.model is None:

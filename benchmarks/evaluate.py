@@ -48,13 +48,17 @@ def evaluate(
     return {"top1": top1, "top5": top5}
 
 
-def count_macs(model: torch.nn.Module) -> int:
-    """Return the multiply-accumulate operations of convolutions and linear layers for one image."""
+def count_macs(model: torch.nn.Module, side: int | None = None) -> int:
+    """Return the multiply-accumulate operations of convolutions and linear layers for one image.
+
+    The image has the size the model is configured for, or ``side`` pixels each way.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *model.pretrained_cfg["input_size"], device=device))
+        channels, *size = model.pretrained_cfg["input_size"]
+        model(torch.zeros(1, channels, *([side] * 2 if side else size), device=device))
     model.train(was_training)
     return counter.get_total_flops() // 2
 

@@ -8,7 +8,7 @@ import torch
 from data import Dataset
 from errors import RunError, first_line
 from evaluate import count_macs
-from recipes import Recipe
+from recipes import Recipe, resolutions
 from timm import create_model
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
@@ -30,6 +30,8 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> tupl
             kwargs[key] = json.loads(value)
         except ValueError:
             raise RunError(f"--model-kwargs must be KEY=VALUE with VALUE as JSON, got {item}") from None
+        if key in ("num_classes", "pretrained_cfg_overlay", "pretrained"):
+            raise RunError(f"--model-kwargs {key} follows from the data set and what the run begins with; leave it out")
     if recipe.drop_path:
         kwargs["drop_path_rate"] = recipe.drop_path
     mean, std = (data.mean, data.std) if recipe.standardize else ((0.0,) * 3, (1.0,) * 3)
@@ -42,11 +44,16 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> tupl
     except (TypeError, ValueError) as error:
         raise RunError(f"--model {args.model} with {kwargs}: {error}") from error
     model.model_kwargs = kwargs
-    try:
-        return model, count_macs(model)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        shape = " x ".join(str(side) for side in overlay["input_size"])
-        raise RunError(f"--model {args.model} does not take images of {shape} ({first_line(error)})") from error
+    full = data.train_images.shape[1]
+    macs = {}
+    for side in (full, *resolutions(recipe, full)):
+        try:
+            macs[side] = count_macs(model, side)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            cause = "" if side == full else f", to which --resolutions {recipe.resolutions} shrinks them"
+            raise RunError(f"--model {args.model} does not take images of 3 x {side} x {side}{cause} "
+                           f"({first_line(error)})") from error
+    return model, macs[full]
 
 
 def begin_with(model: Any, weights: dict[str, torch.Tensor], origin: Path) -> None:

@@ -30,7 +30,7 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     """Run the script, expect exit code 2 and one line of error, and return the line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_info:
-        run(*args)
+        cifar.main([*([] if "--eval-only" in args else SMALL), *map(str, args)])
     assert exit_info.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
@@ -84,6 +84,16 @@ def test_pretrained_weights_are_evaluated(capsys, monkeypatch):
         with pytest.raises(SystemExit):
             cifar.main(args)
         assert message in capsys.readouterr().err
+
+
+def test_a_name_of_weights_does_not_promise_them():
+    def line(*args, resumed=False):
+        return cifar.begins_with(cifar.parse_args(args), resumed).get("begins with", "")
+
+    assert line("--model", "ran_att56_cifar") == ""
+    assert "random weights, not those of the name" in line("--model", "ran_att56_cifar.cifar10")
+    assert line("--model", "ran_att56_cifar.cifar10", "--initial-checkpoint", "file") == "file"
+    assert line("--model", "ran_att56_cifar.cifar10", resumed=True) == ""
 
 
 def test_progress_bar_ends_with_the_figures_of_the_epoch(tmp_path, monkeypatch):
@@ -243,6 +253,11 @@ def test_a_run_resumed_by_its_folder_keeps_its_command(tmp_path, monkeypatch):
     (["--label-smoothing", "1.5"], "--label-smoothing must be at most 1, got 1.5"),
     (["--resolutions", "0", "0"], "at least 1 pixel, got () and (0.0, 0.0)"),
     (["--milestones", "80", "120"], "must have fractions from 0 to 1 and at least 1 pixel, got (80.0, 120.0) and ()"),
+    (["--model-kwargs", "num_classes=3"], "--model-kwargs num_classes follows from the data set and"),
+    (["--model", "ran_att56_cifar", "--resolutions", "0", "8", "0.5", "32"],
+     "does not take images of 3 x 8 x 8, to which --resolutions (0.0, 8.0, 0.5, 32.0) shrinks them (a soft mask"),
+    (["--eval-only", "--lr", "5"], "--eval-only trains nothing; leave out --lr"),
+    (["--eval-only", "--recipe", "best"], "--eval-only trains nothing; leave out --recipe"),
     (["--model", "ran_att56_cifar", "--model-kwargs", "in_chans=1"],
      "--model ran_att56_cifar does not take images of 3 x 32 x 32 (Given groups=1"),
 ])
@@ -274,7 +289,8 @@ def test_ctrl_c_before_and_after_the_training(tmp_path, monkeypatch):
 
 def test_out_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "file" in fails(capsys, "--out", tmp_path / "file" / "run")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert f"--out {out} cannot be made a folder" in fails(capsys, "--out", out)
     assert (tmp_path / "file").read_text() == ""
 
 

@@ -130,6 +130,7 @@ DYNAMIC = {0: torch.export.Dim("batch", max=8), 2: torch.export.Dim("height", mi
            3: torch.export.Dim("width", min=5, max=64)}
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch before 2.13 refuses max_pool2d of any size")
 def test_torch_export_with_dynamic_shapes():
     model, x = AttentionModule(8, mask_depth=2).eval(), torch.randn(2, 8, 9, 12)
     exported = torch.export.export(model, (x,), dynamic_shapes=(DYNAMIC,)).module()

@@ -206,12 +206,19 @@ def test_autocast_keeps_all_maps_in_its_type(args, device):
     assert types == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("depth", "size"), [(1, (1, 8)), (1, (1, 1)), (2, (8, 2)), (3, (4, 4)), (4, (8, 64))])
-def test_a_map_too_small_for_the_mask_depth(depth, size):
-    module = AttentionModule(4, mask_depth=depth).eval()
+@pytest.mark.parametrize(("depth", "size"), [
+    (1, (1, 8)), (1, (1, 1)), (2, (8, 2)), (3, (4, 4)), (4, (8, 64)), (2, (0, 7))])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_map_too_small_for_the_mask_depth(depth, size, training):
+    module = AttentionModule(4, mask_depth=depth).train(training)
     with pytest.raises(ValueError, match=rf"mask_depth={depth} .* got {size[0]}x{size[1]}"):
         module(torch.randn(1, 4, *size))
-    assert AttentionModule(4, mask="local").eval()(torch.randn(1, 4, *size)).shape == (1, 4, *size)
+    local = AttentionModule(4, mask="local").eval()
+    if size[0]:
+        assert local(torch.randn(1, 4, *size)).shape == (1, 4, *size)
+    else:
+        with pytest.raises(ValueError, match="a local mask branch needs a map of at least 1x1, got 0x7"):
+            local(torch.randn(1, 4, *size))
 
 
 @pytest.mark.parametrize(("layer", "args", "error", "message"), [
@@ -249,8 +256,13 @@ def test_a_map_too_small_for_the_mask_depth(depth, size):
     (AttentionModule, {"unit_layer": 5}, TypeError, "unit_layer must be a layer class, got 5 (int)"),
     (AttentionModule, {"trunk": "conv"}, TypeError, "trunk must be an nn.Module or None, got 'conv' (str)"),
     (AttentionModule, {"device": "gpu"}, ValueError, "'cuda:1', ...) or None, got 'gpu'"),
-    (AttentionModule, {"dtype": "float32"}, TypeError, "dtype must be a torch.dtype or None, got 'float32' (str)"),
-    (LocalMaskBranch, {"units": 0, "dtype": 32}, TypeError, "dtype must be a torch.dtype or None, got 32 (int)"),
+    (AttentionModule, {"dtype": "float32"}, TypeError, "dtype must be a floating-point torch.dtype or None, got"),
+    (LocalMaskBranch, {"units": 0, "dtype": 32}, TypeError, "dtype must be a floating-point torch.dtype"),
+    (AttentionModule, {"dtype": torch.int64}, TypeError, "dtype must be a floating-point torch.dtype or None, got"),
+    (AttentionModule, {"mask": "local", "skips": 0}, ValueError, "skips must be None for mask='local', which has"),
+    (AttentionModule, {"unit_layer": nn.Conv2d}, TypeError, "Conv2d cannot be: missing a required argument: 'out_chan"),
+    (SoftMaskBranch, {"depth": 2}, TypeError, "ResidualUnit cannot be: got an unexpected keyword argument 'depth'"),
+    (LocalMaskBranch, {"mask_depth": 2}, TypeError, "unit_layer must be called with channels and act_layer,"),
     (SoftMaskBranch, {"channels": -8}, ValueError, "channels must be at least 1, got -8"),
     (SoftMaskBranch, {"mask_depth": "3"}, TypeError, "mask_depth must be an int of at least 1, got '3' (str)"),
     (SoftMaskBranch, {"r": None}, TypeError, "r must be an int of at least 1, got None (NoneType)"),

@@ -1,5 +1,6 @@
 """Argument checks shared by the layers: one clear error that names the argument, what came and what is allowed."""
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,14 +54,24 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     return value
 
 
-def check_layer(name: str, value: Any) -> Any:
-    """Return ``value`` if it can be called as a layer class.
+def check_unit_layer(value: Any, arguments: Iterable[str]) -> Any:
+    """Return ``value`` if it can be called as the class of a unit, with channels and those keyword ``arguments``.
 
     Raises:
-        TypeError: ``value`` is no callable, or a class of something else.
+        TypeError: It is no layer class, or one that lacks an argument, which the message names.
     """
     if not _makes_modules(value):
-        raise TypeError(f"{name} must be a layer class, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"unit_layer must be a layer class, got {value!r} ({type(value).__name__})")
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # not written in Python: what it takes shows when it is called
+        return value
+    try:
+        signature.bind(1, **dict.fromkeys(arguments))
+    except TypeError as error:
+        raise TypeError(
+            f"unit_layer must be called with channels and {', '.join(arguments)}; "
+            f"{getattr(value, '__name__', value)!s} cannot be: {error}") from None
     return value
 
 
@@ -73,11 +84,11 @@ def check_device_dtype(device: Any, dtype: Any) -> dict[str, Any]:
     """Return both as keyword arguments of torch's layers.
 
     Raises:
-        TypeError: ``dtype`` is no ``torch.dtype``, or ``device`` of no type that names one.
+        TypeError: ``dtype`` is no ``torch.dtype`` of floating point, or ``device`` of no type that names one.
         ValueError: ``device`` is none that torch knows.
     """
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype or None, got {dtype!r} ({type(dtype).__name__})")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r} ({type(dtype).__name__})")
     if device is not None:
         try:
             torch.device(device)

@@ -8,10 +8,12 @@ import torch
 import torch.fx
 import torch.nn as nn
 
-from ._args import LayerType, check_choice, check_int, check_layer
+from ._args import LayerType, check_choice, check_int, check_unit_layer
 from ._hub_mixin import HubMixin
-from .mask_branch import LocalMaskBranch, SoftMaskBranch
+from .mask_branch import LocalMaskBranch, SoftMaskBranch, check_map_size
 from .residual_unit import ResidualUnit
+
+torch.fx.wrap("check_map_size")  # holds for the module that calls it
 
 
 @torch.fx.wrap
@@ -63,7 +65,8 @@ class AttentionModule(nn.Module, HubMixin):
         channels: Channels of the input and the output.
         p: Units before and after the two branches.
         t: Units of the trunk branch.
-        r: Units at each step of the soft mask branch.
+        r: Units at each step of the soft mask branch; a local one, with its two units, has no use for it, nor for
+            ``mask_depth``.
         mask_depth: Poolings of the soft mask branch. The paper's networks have 3, 2, 1 in stages 1, 2, 3; the default
             of 1 suits any map of at least 2x2.
         skips: Skip connections of the soft mask branch; ``mask_depth - 1`` if None.
@@ -116,22 +119,25 @@ class AttentionModule(nn.Module, HubMixin):
         check_int("t", t, 0)
         check_int("r", r, 1)
         check_int("mask_depth", mask_depth, 1)
+        check_choice("mask", mask, ("soft", "local"))
         if skips is not None:
             check_int("skips", skips, 0)
-        check_choice("mask", mask, ("soft", "local"))
+            if mask == "local":
+                raise ValueError(f"skips must be None for mask='local', which has no skip connections, got {skips}")
         check_choice("learning", learning, ("residual", "naive"))
-        check_layer("unit_layer", unit_layer)
         if trunk is not None and not isinstance(trunk, nn.Module):
             raise TypeError(f"trunk must be an nn.Module or None, got {trunk!r} ({type(trunk).__name__})")
         unit_args: dict[str, Any] = dict(
             act_layer=act_layer, norm_layer=norm_layer, drop_path=drop_path, device=device, dtype=dtype)
         if bottle_ratio is not None:
             unit_args["bottle_ratio"] = bottle_ratio
+        check_unit_layer(unit_layer, unit_args)
 
         def units(count: int) -> nn.Sequential:
             return nn.Sequential(*(unit_layer(channels, **unit_args) for _ in range(count)))
 
         self.channels = channels
+        self.mask_depth = mask_depth if mask == "soft" else 0
         self.residual = learning == "residual"
         self.pre = units(p)
         self.trunk = units(t) if trunk is None else trunk
@@ -145,7 +151,9 @@ class AttentionModule(nn.Module, HubMixin):
         self.post = units(p)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.pre(check_channels(x, self.channels))
+        # Before the units, which would fail in words of their own, or draw statistics from what is then refused.
+        x = check_map_size(check_channels(x, self.channels), self.mask_depth)
+        x = self.pre(x)
         trunk, mask = check_trunk_shape(self.trunk(x), x), self.mask(x)
         # addcmul is trunk + mask * trunk in one pass: (1 + mask) * trunk without the map 1 + mask.
         x = torch.addcmul(trunk, mask, trunk) if self.residual else mask * trunk

@@ -9,7 +9,7 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ._args import LayerType, check_choice, check_device_dtype, check_int, check_layer, resolve_norm_act
+from ._args import LayerType, check_choice, check_device_dtype, check_int, check_unit_layer, resolve_norm_act
 from ._hub_mixin import HubMixin
 from .residual_unit import ResidualUnit, is_preact
 
@@ -79,14 +79,16 @@ class MaskHead(nn.Sequential):
 
 @torch.fx.wrap
 def check_map_size(x: torch.Tensor, depth: int) -> torch.Tensor:
-    """Return ``x`` if every one of ``depth`` poolings halves something.
+    """Return ``x`` if it has a position, and every one of ``depth`` poolings halves something.
 
     Raises:
-        ValueError: The map is so small that it would reach one pixel before the last pooling.
+        ValueError: The map is so small that it would reach one pixel before the last pooling, or is empty.
     """
     # Returned, not only checked, so that graph passes which drop unused nodes keep the check.
-    least = (1 << (depth - 1)) + 1  # a power would be a float in TorchScript
+    least = (1 << depth) // 2 + 1  # a power would be a float in TorchScript
     if x.shape[-2] < least or x.shape[-1] < least:
+        if depth == 0:
+            raise ValueError(f"a local mask branch needs a map of at least 1x1, got {x.shape[-2]}x{x.shape[-1]}")
         raise ValueError(
             f"a soft mask branch with mask_depth={depth} needs a map of at least {least}x{least}, "
             f"got {x.shape[-2]}x{x.shape[-1]}; use a smaller mask_depth"
@@ -166,11 +168,11 @@ class SoftMaskBranch(nn.Module, HubMixin):
         check_int("channels", channels, 1)
         check_int("mask_depth", mask_depth, 1)
         check_int("r", r, 1)
-        check_layer("unit_layer", unit_layer)
         skips = check_int("skips", mask_depth - 1 if skips is None else skips, 0)
         if skips > mask_depth - 1:
             raise ValueError(f"skips must be at most mask_depth - 1 = {mask_depth - 1}, got {skips}")
         common: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        check_unit_layer(unit_layer, [*common, *unit_args])
 
         def units(count: int) -> list[nn.Module]:
             return [unit_layer(channels, **common, **unit_args) for _ in range(count)]
@@ -230,8 +232,8 @@ class LocalMaskBranch(nn.Sequential):
     ) -> None:
         check_int("channels", channels, 1)
         check_int("units", units, 0)
-        check_layer("unit_layer", unit_layer)
         common: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        check_unit_layer(unit_layer, [*common, *unit_args])
         super().__init__()
         self.units = nn.Sequential(*(unit_layer(channels, **common, **unit_args) for _ in range(units)))
         self.head = MaskHead(channels, mask_act=mask_act, preact=is_preact(unit_layer), **common)

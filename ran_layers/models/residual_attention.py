@@ -19,7 +19,7 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from ..layers import AttentionModule, ResidualUnit, ResNeXtUnit
-from ..layers._args import LayerType, check_int, check_layer, resolve_norm_act
+from ..layers._args import LayerType, check_int, check_unit_layer, resolve_norm_act
 from ..layers.residual_unit import is_preact
 from ._cifar import cifar_cfgs
 from ._pretrained import safetensors_only
@@ -83,7 +83,7 @@ class ResidualAttentionNet(StagedNet):
             raise ValueError(
                 f"channels, modules, closing_units and mask_depths must have one entry per stage, got {channels}, "
                 f"{modules}, {closing_units}, {mask_depths}")
-        check_layer("unit_layer", unit_layer)
+        check_unit_layer(unit_layer, ["drop_path", *unit_args])
         for name, counts, least in (("channels", channels, 1), ("modules", modules, 0),
                                     ("closing_units", closing_units, 0), ("mask_depths", mask_depths, 1)):
             for i, count in enumerate(counts):
