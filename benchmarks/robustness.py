@@ -6,7 +6,7 @@
 Three strengths of each corruption, with the parameters of severities 1, 3 and 5 of CIFAR-10-C (Hendrycks and
 Dietterich, 2019).
 """
-import openmp  # noqa: F401  (sets what torch reads when it is loaded)
+import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
 
 # isort: split
 import argparse

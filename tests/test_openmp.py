@@ -1,10 +1,14 @@
-"""How long OpenMP's threads spin is set before torch is loaded, and left to those who say it themselves."""
+"""OpenMP's threads: set before torch is loaded, and left to those who say it themselves."""
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import openmp
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Runs a script up to the import of torch, where it tells what torch would read.
@@ -38,3 +42,32 @@ def test_what_trains_or_evaluates_spins_shortly(script):
 ])
 def test_what_the_user_says_counts(environment, expected):
     assert spin_count("cifar.py", **environment) == expected
+
+
+@pytest.mark.parametrize(("files", "expected"), [
+    ({}, None),
+    ({"cpu.max": "max 100000\n"}, None),
+    ({"cpu.max": "250000 100000\n"}, 2),
+    ({"cpu.max": "50000 100000\n"}, 1),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+    ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+    ({"cpu.max": "damaged"}, None),
+])
+def test_the_time_that_a_container_has(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert openmp.processors_by_quota(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("environment", "affinity", "expected"), [
+    ({}, 8, "2"),
+    ({}, 2, None),  # no more than the quota are to be had
+    ({"OMP_NUM_THREADS": "5"}, 8, "5"),
+])
+def test_threads_are_no_more_than_the_quota(monkeypatch, environment, affinity, expected):
+    monkeypatch.setattr(openmp, "processors_by_quota", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(affinity), raising=False)
+    monkeypatch.setattr(os, "environ", environment)
+    openmp.set_up()
+    assert environment.get("OMP_NUM_THREADS") == expected
