@@ -177,7 +177,7 @@ def train(args: argparse.Namespace) -> None:
                       + (f", {world.size} processes" if world.size > 1 else ""),
             "recipe": f"{recipe_name}, {count(recipe.epochs, 'epoch')} of {count(trainer.steps_per_epoch, 'step')} of "
                       f"{recipe.batch_size} images, {recipe.optimizer}, lr {recipe.lr:g}",
-            **begins_with(args, resumed is not None),
+            **row_of_weights(args, resumed is not None),
             "out": f"{out}" + (f", resumed at step {trainer.step} of {trainer.total_steps}" if resumed else ""),
         })
     compile_seconds = trainer.compile()
@@ -215,8 +215,8 @@ def train(args: argparse.Namespace) -> None:
     ), device, autocast)
 
 
-def begins_with(args: argparse.Namespace, resumed: bool) -> dict[str, str]:
-    """Return the line of the plan about the weights that a run begins with, where a reader may expect others."""
+def row_of_weights(args: argparse.Namespace, resumed: bool) -> dict[str, str]:
+    """Return the row of the plan about the weights that a run begins with, where a reader may expect others."""
     if resumed:
         return {}
     if args.initial_checkpoint:
@@ -344,9 +344,9 @@ def _run_epochs(
 def eval_only(args: argparse.Namespace) -> None:
     """Print the accuracy of the run in ``--out`` or, without that, of timm's pretrained weights of ``--model``."""
     given = parse_args(args.argv, {"model": None, "dataset": None})
-    for name in (*given.overrides, "recipe", "resume", "initial_checkpoint"):
-        if name in given.overrides or getattr(given, name):
-            raise RunError(f"--eval-only trains nothing; leave out --{name.replace('_', '-')}")
+    of_trainings = [name for name in ("recipe", "resume", "initial_checkpoint") if getattr(given, name)]
+    if told := [*given.overrides, *of_trainings]:
+        raise RunError(f"--eval-only trains nothing; leave out --{told[0].replace('_', '-')}")
     device = pick_device(args.device)
     if args.out is None:
         if given.model is None:

@@ -8,8 +8,8 @@ from distributed import normalize_globally
 from timm.layers import BatchNormAct2d
 
 from ran_layers import AttentionModule, LocalMaskBranch, ResidualUnit, ResidualUnitDown, SoftMaskBranch
-from ran_layers.layers.attention_module import check_channels, check_trunk_shape
-from ran_layers.layers.mask_branch import MaskActivation, MaskHead, check_map_size
+from ran_layers.layers.attention_module import check_input, check_trunk_shape
+from ran_layers.layers.mask_branch import MaskActivation, MaskHead
 
 
 def use_cpu_kernels(model: nn.Module, synced: bool = False) -> None:
@@ -155,7 +155,7 @@ class _AttentionModule(AttentionModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.mask._forward_hooks:  # those who look at the mask shall see the mask
             return super().forward(x)
-        x = self.pre(check_map_size(check_channels(x, self.channels), self.mask_depth))
+        x = self.pre(check_input(x, self.channels, self.mask_depth))
         trunk, logits = check_trunk_shape(self.trunk(x), x), self._logits(x)
         if fits(trunk, logits):
             x = gate(trunk, logits)

@@ -45,8 +45,8 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> tupl
         raise RunError(f"--model {args.model} with {kwargs}: {error}") from error
     model.model_kwargs = kwargs
     full = data.train_images.shape[1]
-    macs = {}
-    for side in (full, *resolutions(recipe, full)):
+    macs: dict[int, int] = {}
+    for side in dict.fromkeys([full, *resolutions(recipe, full)]):
         try:
             macs[side] = count_macs(model, side)
         except (RuntimeError, AssertionError, ValueError) as error:

@@ -88,7 +88,7 @@ def test_pretrained_weights_are_evaluated(capsys, monkeypatch):
 
 def test_a_name_of_weights_does_not_promise_them():
     def line(*args, resumed=False):
-        return cifar.begins_with(cifar.parse_args(args), resumed).get("begins with", "")
+        return cifar.row_of_weights(cifar.parse_args(args), resumed).get("begins with", "")
 
     assert line("--model", "ran_att56_cifar") == ""
     assert "random weights, not those of the name" in line("--model", "ran_att56_cifar.cifar10")

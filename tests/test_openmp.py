@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import openmp
-
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import openmp  # noqa: E402
+
 # Runs a script up to the import of torch, where it tells what torch would read.
 UNTIL_TORCH = """
 import os, runpy, sys

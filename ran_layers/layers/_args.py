@@ -71,7 +71,7 @@ def check_unit_layer(value: Any, arguments: Iterable[str]) -> Any:
     except TypeError as error:
         raise TypeError(
             f"unit_layer must be called with channels and {', '.join(arguments)}; "
-            f"{getattr(value, '__name__', value)!s} cannot be: {error}") from None
+            f"{getattr(value, '__name__', value)} cannot be: {error}") from None
     return value
 
 

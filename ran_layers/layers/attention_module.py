@@ -13,8 +13,6 @@ from ._hub_mixin import HubMixin
 from .mask_branch import LocalMaskBranch, SoftMaskBranch, check_map_size
 from .residual_unit import ResidualUnit
 
-torch.fx.wrap("check_map_size")  # holds for the module that calls it
-
 
 @torch.fx.wrap
 def check_trunk_shape(trunk: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -33,8 +31,10 @@ def check_trunk_shape(trunk: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.fx.wrap
-def check_channels(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """Return ``x`` if it is a batch of maps of so many channels.
+def check_input(x: torch.Tensor, channels: int, mask_depth: int) -> torch.Tensor:
+    """Return ``x`` if it is a batch of maps of so many channels, large enough for the mask.
+
+    Before the first unit runs, which would fail in words of its own, or draw statistics from what is then refused.
 
     Raises:
         ValueError: It is not.
@@ -44,7 +44,7 @@ def check_channels(x: torch.Tensor, channels: int) -> torch.Tensor:
             f"an Attention Module of {channels} channels takes maps of shape (batch, {channels}, height, width), "
             f"got {list(x.shape)}"
         )
-    return x
+    return check_map_size(x, mask_depth)
 
 
 class AttentionModule(nn.Module, HubMixin):
@@ -151,9 +151,7 @@ class AttentionModule(nn.Module, HubMixin):
         self.post = units(p)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Before the units, which would fail in words of their own, or draw statistics from what is then refused.
-        x = check_map_size(check_channels(x, self.channels), self.mask_depth)
-        x = self.pre(x)
+        x = self.pre(check_input(x, self.channels, self.mask_depth))
         trunk, mask = check_trunk_shape(self.trunk(x), x), self.mask(x)
         # addcmul is trunk + mask * trunk in one pass: (1 + mask) * trunk without the map 1 + mask.
         x = torch.addcmul(trunk, mask, trunk) if self.residual else mask * trunk
