@@ -82,12 +82,16 @@ def test_trunks_cost_what_their_rows_say():
     params, macs = size("att56-cifar10-best")
     assert size("trunk56-macs-best")[1] == pytest.approx(macs, rel=0.005)
     assert size("trunk56-params-best")[0] == pytest.approx(params, rel=0.005)
-    assert size("trunk92-noise10-paper")[0] == pytest.approx(size("orig92-noise10-paper")[0], rel=0.005)
+    for network, recipe in (("orig92", "paper"), ("att92", "best")):
+        params, _ = size(f"{network}-noise10-{recipe}")
+        assert size(f"trunk92-noise10-{recipe}")[0] == pytest.approx(params, rel=0.005)
 
 
 def test_arguments_reach_the_training_script():
     args = experiments_args(EXPERIMENTS["orig92-noise30-paper"])
     assert (args.model, args.label_noise, args.recipe) == ("ran_att92_cifar_orig", 0.3, "paper")
+    args = experiments_args(EXPERIMENTS["trunk92-noise70-best"])
+    assert (args.model, args.label_noise, args.recipe) == ("ran_att92_cifar", 0.7, "best")
     args = experiments_args(experiments.EXPERIMENTS["att56-naive-best"])
     assert args.model_kwargs == ['attention_args={"learning": "naive"}']
 
