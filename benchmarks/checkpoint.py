@@ -1,12 +1,13 @@
 """Checkpoints that survive the machine: one safetensors file, tensors inside, the rest as JSON in its header.
 
-The file is written under a temporary name, flushed to the disk and renamed, so the last good one is always whole.
-Nothing is ever unpickled.
+The file is written under a temporary name, flushed to the disk and renamed, so the last good one is always whole. It
+holds a digest of itself, so that one which is not as it was written is not gone on with. Nothing is ever unpickled.
 """
 import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,11 @@ from errors import RunError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from safetensors.torch import load
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FILE_NAME = "checkpoint.safetensors"
 
@@ -37,7 +43,8 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error.strerror}; the previous file is untouched") from error
 
 
@@ -45,6 +52,38 @@ def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, as :func:`write_atomic` does; the folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keep ``folder`` for this process while the block runs; the system lets go of it if the process dies.
+
+    Raises:
+        RunError: Another process has it, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {folder} cannot be made a folder ({error.strerror}); name another") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # an epoch later would be late to find out
+            pass
+    except OSError as error:
+        raise RunError(f"--out {folder} cannot be written to ({error.strerror}); name another") from error
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no locks, which is no reason not to train
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(f"--out {folder} is in use by another process; wait for it, or name another "
+                               "folder") from error
+        yield
+    finally:
+        os.close(handle)
 
 
 class CheckpointWriter:
@@ -83,7 +122,9 @@ class CheckpointWriter:
         with self.lock:
             newest, self.waiting = self.waiting, None
         assert newest is not None
-        write_atomic(self.folder / FILE_NAME, save(newest[0].arrays(), metadata={"state": newest[1]}))
+        arrays, state = newest[0].arrays(), newest[1]
+        metadata = {"state": state, "sha256": _digest(arrays, state)}
+        write_atomic(self.folder / FILE_NAME, save(arrays, metadata=metadata))
 
     def wait(self) -> None:
         """Wait until what was saved last is on the disk."""
@@ -130,51 +171,58 @@ class Snapshot:
         return arrays
 
 
+def _digest(arrays: Mapping[str, np.ndarray], state: str) -> str:
+    """Return the SHA-256 of a checkpoint."""
+    digest = hashlib.sha256(state.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return tensors and state of the checkpoint in ``folder``.
 
     Raises:
-        RunError: There is none, or it is damaged.
+        RunError: There is none, or it is not as it was written.
     """
-    with _open_checkpoint(folder) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise RunError(f"no checkpoint to resume in {folder}: {FILE_NAME} is missing")
+    try:
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+        state = metadata["state"]
+        if metadata["sha256"] != _digest(arrays, state):
+            raise ValueError("its content is not what its digest was made of")
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}, json.loads(state)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}); remove it and start again") from error
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Return the state of the checkpoint in ``folder``, without its tensors.
-
-    Raises:
-        RunError: There is none, or it is damaged.
-    """
-    with _open_checkpoint(folder) as file:
-        return dict(json.loads(file.metadata()["state"]))
+    """Return the state of the checkpoint in ``folder``, as :func:`load_checkpoint` does."""
+    return load_checkpoint(folder)[1]
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     """Return the tensors of the safetensors file ``path``, and the SHA-256 of the file.
+
+    Of a checkpoint, those of the network.
 
     Raises:
         RunError: There is no such file, or it is no safetensors file.
     """
     try:
         content = path.read_bytes()
-        return load(content), hashlib.sha256(content).hexdigest()
+        tensors = load(content)
+        tensors = without_prefix("model", tensors) if "generator" in tensors else tensors
+        return tensors, hashlib.sha256(content).hexdigest()
     except OSError as error:
         raise RunError(f"cannot read the weights {path}: {error.strerror}") from error
     except SafetensorError as error:
         raise RunError(f"{path} is no safetensors file, or a damaged one ({error})") from error
-
-
-@contextlib.contextmanager
-def _open_checkpoint(folder: Path) -> Iterator[Any]:
-    path = folder / FILE_NAME
-    if not path.is_file():
-        raise RunError(f"no checkpoint to resume in {folder}: {FILE_NAME} is missing")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is damaged ({error}); remove it and start again") from error
 
 
 def prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

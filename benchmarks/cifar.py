@@ -15,7 +15,6 @@ import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
 import argparse
 import contextlib
 import json
-import shlex
 import signal
 import sys
 from dataclasses import MISSING, asdict, fields
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from arguments import check_models
-from checkpoint import FILE_NAME, CheckpointWriter, load_checkpoint, load_state, load_weights
+from checkpoint import FILE_NAME, CheckpointWriter, claim, load_checkpoint, load_weights
 from cpu_kernels import kernels_pay, why_no_kernels
 from data import DATASETS, Dataset, corrupt_labels, load_dataset
 from display import Display, count, duration, show_plan
@@ -37,6 +36,7 @@ from network import begin_with, build_model
 from precision import pick_precision
 from recipes import CHOICES, RECIPES, Recipe, make_recipe
 from result import earlier_runs, print_final, write_result
+from resume import check_data, check_folder, command_to_resume, saved_arguments
 from trainer import Trainer
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
@@ -104,12 +104,15 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     return args
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, until_done: contextlib.ExitStack) -> None:
+    """Train as ``args`` say; what ``until_done`` holds is let go of after that."""
     keep_freed_memory()
     world, device = join_world(args.device)
     for name in ("holdout", "limit", "eval_every"):
         if getattr(args, name) < 0:
             raise RunError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if args.out is not None and not str(args.out).isprintable():
+        raise RunError(f"--out must be a path of printable characters, got {str(args.out)!r}")
     if not 0 <= args.seed < 2 ** 32:
         raise RunError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
     recipe_name = args.recipe or ("best" if device.type == "cuda" else "quick")
@@ -143,6 +146,9 @@ def train(args: argparse.Namespace) -> None:
 
     with world.main_first() if args.data_dir is None else contextlib.nullcontext():
         data = load_dataset(args.dataset, args.data_dir)
+    args.data_sha256 = data.digest()
+    if resumed:
+        check_data(out, args.data_sha256, resumed[1])
     (images, labels), watched = split_training_set(args, data, recipe)
 
     torch.manual_seed(args.seed)
@@ -152,10 +158,8 @@ def train(args: argparse.Namespace) -> None:
     if args.precision is None:
         slow = pick_precision(device, model, args.cpu_kernels) == "fp32"
         args.precision = settings["precision"] = "fp32" if world.any(int(slow)) else "bf16"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--out {out} cannot be made a folder ({error.strerror}); name another") from error
+    if world.main:
+        until_done.enter_context(claim(out))
     params = sum(p.numel() for p in model.parameters())
     model = model.to(device, memory_format=torch.channels_last)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -192,18 +196,15 @@ def train(args: argparse.Namespace) -> None:
     stopped = run_epochs(args, trainer, out, settings, watched)
     if stopped and trainer.step < trainer.total_steps:
         if world.main:
-            again = command_line("cifar.py", args.argv, processes=world.size, without=())
-            for flag, addition in (("--resume", " --resume"), ("--out", f" --out {shlex.quote(str(out))}")):
-                again += addition if flag not in again else ""
-            print(f"stopped at step {trainer.step} of {trainer.total_steps}, saved; go on with: {again}", flush=True)
+            print(f"stopped at step {trainer.step} of {trainer.total_steps}, saved; go on with: "
+                  f"{command_to_resume(args, out, world.size)}", flush=True)
         sys.exit(128 + stopped)
     if not world.main:
         return
     trainer.averaged.pretrained_cfg = model.pretrained_cfg
-    export_model(trainer.averaged, out, model.model_kwargs)
-    write_result(out, data, dict(
-        model=args.model, dataset=args.dataset, recipe=recipe_name, settings=settings, params=params, macs=macs,
-        seed=args.seed, earlier=args.earlier, epochs=trainer.epochs, seconds=trainer.seconds,
+    result = dict(
+        model=args.model, dataset=args.dataset, data_sha256=args.data_sha256, recipe=recipe_name, settings=settings,
+        params=params, macs=macs, seed=args.seed, earlier=args.earlier, epochs=trainer.epochs, seconds=trainer.seconds,
         compile_seconds=compile_seconds, deterministic_price=price,
         images_per_s=trainer.total_steps * recipe.batch_size / sum(row["seconds"] for row in trainer.epochs),
         hardware=hardware(device), versions=versions(), compile=args.compile,
@@ -211,8 +212,14 @@ def train(args: argparse.Namespace) -> None:
         selection="none: the weights are those of the last step"
                   + (" (their moving average)" if recipe.ema_decay else "")
                   + (f"; {args.holdout} training images were held out and watched" if args.holdout else "")
-                  + ("; the test set was watched, nothing was picked by it" if args.eval_every else ""),
-    ), device, autocast)
+                  + ("; the test set was watched, nothing was picked by it" if args.eval_every else ""))
+    try:
+        export_model(trainer.averaged, out, model.model_kwargs)
+        write_result(out, data, result, device, autocast)
+    except KeyboardInterrupt:
+        print("trained, but stopped before the result was written; that is done by: "
+              f"{command_to_resume(args, out, world.size)}", flush=True)
+        raise
 
 
 def row_of_weights(args: argparse.Namespace, resumed: bool) -> dict[str, str]:
@@ -246,32 +253,6 @@ def suit_the_machine(
     args.precision = args.precision or resumed.get("precision")  # None: the network decides
 
 
-def saved_arguments(out: Path) -> dict[str, Any]:
-    """Return the arguments that the run in ``out`` had, so that resuming it needs no others.
-
-    Raises:
-        RunError: There is no checkpoint, or it is damaged.
-    """
-    state = load_state(out)
-    settings = state["settings"]
-    return {
-        **settings, "sync_bn": settings["bn_batch"] == settings["batch_size"], "data_dir": state.get("data_dir"),
-        "eval_every": state.get("eval_every", 0),
-        "initial_checkpoint": None}  # the setting is its digest, and its weights are no longer needed
-
-
-def check_folder(out: Path, settings: dict[str, Any], state: dict[str, Any] | None) -> None:
-    """Refuse a folder that has another run, or, if there is a ``state`` to resume, one of other ``settings``."""
-    if state is not None:
-        changed = [key for key, value in state["settings"].items() if settings.get(key) != value]
-        if changed:
-            raise RunError(
-                f"--resume: the checkpoint in {out} has {changed[0]} = {state['settings'][changed[0]]}, this command "
-                f"{settings.get(changed[0])}; give the same settings or another --out")
-    elif out.is_dir() and any((out / name).exists() for name in (FILE_NAME, "result.json", "model.safetensors")):
-        raise RunError(f"--out {out} already has a run; add --resume to go on with it, or name another folder")
-
-
 def split_training_set(args: argparse.Namespace, data: Dataset, recipe: Recipe) -> tuple[Split, Split]:
     """Return images and labels to train on, and those to watch: held-out ones, otherwise the test set."""
     images, labels = data.train_images, data.train_labels
@@ -298,8 +279,11 @@ def run_epochs(
         args: argparse.Namespace, trainer: Trainer, out: Path, settings: dict[str, Any], watched: Split) -> int:
     """Train to the end with a checkpoint each epoch, or to the first signal; return that signal or 0."""
     stop = {"signal": 0}
-    before = {number: signal.signal(number, lambda received, _: stop.update(signal=received))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.add(signal.SIGHUP)
+    before = {
+        number: signal.signal(number, lambda received, _: stop.update(signal=received)) for number in numbers}
     try:
         return _run_epochs(args, trainer, out, settings, watched, stop)
     finally:
@@ -322,22 +306,26 @@ def _run_epochs(
             except RunError as error:
                 writer.wait()
                 there = (out / FILE_NAME).exists()
-                kept = f"the last good checkpoint is kept in {out}" if there else "there was no checkpoint yet"
-                raise RunError(f"{error}; {kept}; try a lower --lr") from error
-            if trainer.step % trainer.steps_per_epoch == 0:
-                row = trainer.epochs[-1]
+                kept = "there was no checkpoint yet; try a lower --lr"
+                if there:
+                    kept = (f"the last good checkpoint is kept in {out}; try a lower --lr in another --out, also from "
+                            f"there with --initial-checkpoint {out / FILE_NAME}")
+                raise RunError(f"{error}; {kept}") from error
+            row = trainer.epochs[-1] if trainer.step % trainer.steps_per_epoch == 0 else None
+            if row:
                 if args.holdout or (args.eval_every and row["epoch"] % args.eval_every == 0):
                     world.average_buffers(trainer.model, trainer.ema)
                     scores = evaluate(trainer.averaged, *watched, trainer.device, trainer.autocast, world=world)
                     row.update(eval_split="held-out" if args.holdout else "test", eval_top1=scores["top1"])
-                display.epoch(row)
             tensors, state = trainer.state()
             if world.main:
                 # The folder of the data may be another when the run is resumed, so it is no setting.
                 data_dir = args.data_dir and str(Path(args.data_dir).resolve())
                 writer.save(tensors, dict(
-                    state, settings=settings, data_dir=data_dir, earlier=args.earlier, command=args.command,
-                    eval_every=args.eval_every))
+                    state, settings=settings, data_dir=data_dir, data_sha256=args.data_sha256, earlier=args.earlier,
+                    command=args.command, eval_every=args.eval_every))
+            if row:
+                display.epoch(row)  # after its checkpoint: there may be nobody to print to any more
     return stopped
 
 
@@ -374,13 +362,11 @@ def eval_only(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with told_in_one_line():
-        try:
-            if args.resume and args.out:
-                args = parse_args(argv, saved_arguments(args.out))
-            eval_only(args) if args.eval_only else train(args)
-        finally:
-            leave_world()
+    with told_in_one_line(), contextlib.ExitStack() as until_done:
+        until_done.callback(leave_world)
+        if args.resume and args.out:
+            args = parse_args(argv, saved_arguments(args.out))
+        eval_only(args) if args.eval_only else train(args, until_done)
 
 
 if __name__ == "__main__":

@@ -90,18 +90,20 @@ def library() -> ctypes.CDLL | None:
     sources = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]
     flags = [*FLAGS, "-DBF16_PRODUCTS"] if multiplies_bf16() else list(FLAGS)
     key = hashlib.sha256(repr((sources, compiler, flags, platform.uname(), _processor("flags"))).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ran-layers"
-    built = cache / f"cpu_kernels-{key.hexdigest()[:16]}.so"
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ran-layers"
+        built = cache / f"cpu_kernels-{key.hexdigest()[:16]}.so"
         if not built.is_file():
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as folder:  # then renamed: others may be building it too
                 source, compiled, linked = f"{SOURCES}/kernels.cpp", f"{folder}/kernels.o", f"{folder}/kernels.so"
                 for command in ([*flags, "-c", source, "-o", compiled], ["-shared", compiled, "-o", linked]):
                     subprocess.run([compiler, *command], check=True, capture_output=True)
+                with open(linked, "rb") as file:
+                    os.fsync(file.fileno())  # what is there after a power failure shall be whole: half of it crashes
                 os.replace(linked, built)
         kernels = ctypes.CDLL(str(built))
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError, RuntimeError):  # the last: nobody knows the home folder
         return None
     for name, arguments in _ARGUMENTS.items():
         for suffix in _SUFFIXES.values():

@@ -2,6 +2,7 @@
 
 A data set is four tensors in memory; nothing is decoded twice.
 """
+import hashlib
 import io
 import json
 import re
@@ -43,6 +44,14 @@ class Dataset:
     class_names: list[str]
     mean: tuple[float, ...]  # of the training images, per channel, in [0, 1]
     std: tuple[float, ...]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the training images and their labels."""
+        digest = hashlib.sha256()
+        for part in (self.train_images, self.train_labels):
+            digest.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
+            digest.update(np.ascontiguousarray(part.numpy()).data)
+        return digest.hexdigest()
 
 
 def load_dataset(name: str, data_dir: str | None = None) -> Dataset:
@@ -163,6 +172,7 @@ def _read_parquet(
         files: list[Path], spec: Spec, rows: int | None) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     import pyarrow
     import pyarrow.parquet
+    from PIL import Image
 
     blobs: list[bytes] = []
     labels: list[int] = []
@@ -183,14 +193,15 @@ def _read_parquet(
         names = _class_names(table.schema.metadata, spec) or names
     blobs, labels = blobs[:rows], labels[:rows]
 
-    bad = [label for label in labels if not (isinstance(label, int) and 0 <= label < spec.classes)]
+    bad = [label for label in labels if type(label) is not int or not 0 <= label < spec.classes]
     if bad:
-        raise RunError(f"{files[0].parent}: labels must be in 0..{spec.classes - 1}, found {bad[0]}")
+        raise RunError(f"{files[0].parent}: labels must be in 0..{spec.classes - 1}, found {bad[0]}; fetch "
+                       "the files again")
     if not labels:
         raise RunError(f"{files[0].parent}: the files have no rows; fetch them again")
     try:
         images = np.stack([_decode(blob) for blob in blobs])  # threads would wait for each other
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise RunError(f"{files[0].parent}: an image cannot be decoded ({error}); fetch the files again") from error
     return torch.from_numpy(images), torch.tensor(labels), names
 
@@ -202,7 +213,10 @@ def _decode(blob: bytes) -> np.ndarray:
         # The Hub has PNG; to have Pillow try all that it knows takes longer than to decode.
         image = Image.open(io.BytesIO(blob), formats=("PNG", "WEBP"))
     except UnidentifiedImageError:
-        image = Image.open(io.BytesIO(blob))
+        try:
+            image = Image.open(io.BytesIO(blob))
+        except UnidentifiedImageError:
+            raise ValueError(f"{len(blob)} bytes that are no image") from None
     if image.size != (32, 32):
         raise ValueError(f"expected 32x32 images, found {image.width}x{image.height}")
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
@@ -215,4 +229,4 @@ def _class_names(metadata: dict[bytes, bytes] | None, spec: Spec) -> list[str] |
         names = info["info"]["features"][spec.label]["names"]
     except (KeyError, TypeError, ValueError):
         return None
-    return names if len(names) == spec.classes else None
+    return names if isinstance(names, list) and len(names) == spec.classes else None

@@ -1,5 +1,4 @@
 """What a run shows: its plan, its progress in a terminal or on a pipe, and the curves it leaves."""
-import sys
 import time
 from collections.abc import Callable
 from io import BytesIO
@@ -29,11 +28,10 @@ def count(number: int, noun: str) -> str:
 
 def show_plan(rows: dict[str, str]) -> None:
     """Print the plan as a table in a terminal, as plain lines on a pipe."""
-    console = Console()
+    console = Console(markup=False)  # folders may have brackets in their names
     if not console.is_terminal:
         for name, value in rows.items():
-            print(f"{name}: {value}")
-        sys.stdout.flush()
+            print(f"{name}: {value}", flush=True)
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
@@ -57,7 +55,7 @@ class Display:
         self.epochs, self.steps_per_epoch, self.batch_size = epochs, steps_per_epoch, batch_size
         self.work, self.wait = work, wait
         self.start, self.first_step = time.perf_counter(), first_step
-        self.console = Console()
+        self.console = Console(markup=False)
         self.quiet = quiet
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[stats]}"),

@@ -93,7 +93,13 @@ def join_world(device_name: str | None) -> tuple[World, torch.device]:
     Raises:
         RunError: ``device_name`` cannot be had.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+               if name not in os.environ]
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or (size != "1" and missing):
+        raise RunError(f"WORLD_SIZE is {size} in the environment{', but not ' + missing[0] if missing else ''}; start "
+                       "several processes with torchrun, or unset it")
+    size = int(size)
     device = pick_device(device_name)
     if size == 1:
         return World(), device

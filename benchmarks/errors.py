@@ -1,8 +1,10 @@
 """The one error that the scripts show without a traceback, how they quote those of libraries, and how they end."""
 import contextlib
+import io
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 
 
@@ -20,8 +22,12 @@ def first_line(error: BaseException) -> str:
 def told_in_one_line() -> Iterator[None]:
     """End the process, where the block fails as commands do, with one line and no traceback.
 
-    Of processes that train together the first alone speaks.
+    Of processes that train together the first speaks at once, and another if torchrun does not end it within a second:
+    then the first had nothing to say.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no training
     try:
         yield
     except BrokenPipeError:  # whoever read the output has seen enough; nor shall what is left of it fail at the end
@@ -30,6 +36,8 @@ def told_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (RunError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(1)
+        print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -10,6 +10,7 @@ from arguments import check_models
 from checkpoint import write_atomic
 from distributed import World
 from errors import RunError, first_line
+from safetensors import SafetensorError
 from timm import create_model
 from timm.models import save_for_hf
 from torch.utils.flop_counter import FlopCounterMode
@@ -64,13 +65,21 @@ def count_macs(model: torch.nn.Module, side: int | None = None) -> int:
 
 
 def export_model(model: Any, out: Path, model_args: dict[str, Any]) -> None:
-    """Write ``model.safetensors`` and ``config.json`` in timm's form; ``local-dir:OUT`` loads them."""
+    """Write ``model.safetensors`` and ``config.json`` in timm's form; ``local-dir:OUT`` loads them.
+
+    Raises:
+        RunError: The disk is full, ...
+    """
     model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
-    with TemporaryDirectory() as folder:
-        # timm writes in place; write_atomic puts the files where they belong.
-        save_for_hf(model, folder, model_args=model_args, safe_serialization=True)
-        for name in ("model.safetensors", "config.json"):
-            write_atomic(out / name, (Path(folder) / name).read_bytes())
+    try:
+        with TemporaryDirectory(prefix=".export-", dir=out) as folder:
+            # timm writes in place; write_atomic puts the files where they belong.
+            save_for_hf(model, folder, model_args=model_args, safe_serialization=True)
+            for name in ("model.safetensors", "config.json"):
+                write_atomic(out / name, (Path(folder) / name).read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write the model to {out} ({first_line(error)}); make room there, and --resume does "
+                       "it") from error
 
 
 def load_exported(out: Path) -> Any:

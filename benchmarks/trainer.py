@@ -1,4 +1,5 @@
 """The training of one network: its steps, its epochs, and the state a checkpoint holds."""
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -152,6 +153,11 @@ class Trainer:
                     if isinstance(tensor, torch.Tensor))
         yield self.sums
 
+    def _is_finite(self) -> bool:
+        """Whether all that a checkpoint would hold are numbers."""
+        tensors = [tensor.detach() for tensor in self._all_tensors() if tensor.is_floating_point()]
+        return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
+
     def work(self, progress: float) -> float:
         """Return what of the computing is done at ``progress`` of the training, in no unit of its own."""
         return pixels_seen(self.recipe, progress, self.images.shape[1])
@@ -227,8 +233,11 @@ class Trainer:
         elapsed = time.perf_counter() - started
         self.epoch_seconds = seconds_before + elapsed
         self.seconds += elapsed
-        if loss != loss:  # in an epoch that a signal ends, too: its checkpoint would be worth nothing
+        # Of an epoch that a signal ends, too: its checkpoint would be worth nothing.
+        if not math.isfinite(loss):
             raise RunError(f"the loss is not a number in epoch {epoch + 1}")
+        if not self._is_finite():
+            raise RunError(f"the weights are not numbers any more after epoch {epoch + 1}")
         if self.step % self.steps_per_epoch:
             return stopped
         self.epochs.append(dict(

@@ -1,5 +1,6 @@
 """The data sets: what is read, and what cannot be."""
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,10 @@ def test_parquet_in_any_depth_of_the_layout(tmp_path):
 @pytest.mark.parametrize(("kwargs", "message"), [
     (dict(labels=[0, 1, 2, 10]), "labels must be in 0..9, found 10"),
     (dict(labels=[0, 1, 2, None]), "labels must be in 0..9, found None"),
+    (dict(labels=[True] * 4), "labels must be in 0..9, found True; fetch the files again"),
     (dict(rows=0), "must be a struct with the field 'bytes', it is null"),
     (dict(column="image"), "must have the columns 'img' and 'label', it has ['image', 'label']"),
-    (dict(image=b"no image"), "an image cannot be decoded"),
+    (dict(image=b"no image"), "an image cannot be decoded (8 bytes that are no image); fetch the files again"),
     (dict(image=b""), "an image cannot be decoded"),
     (dict(image=encoded(Image.new("RGB", (31, 32)), "PNG")), "expected 32x32 images, found 31x32"),
     (dict(image=encoded(NOISE, "PNG")[:-300]), "an image cannot be decoded"),
@@ -67,6 +69,19 @@ def test_unusable_parquet(tmp_path, capsys, kwargs, message):
     write_parquet(tmp_path / "data", **kwargs)
     line = fails(capsys, "--dataset", "cifar10", "--data-dir", tmp_path / "data", "--out", tmp_path / "run")
     assert message in line
+
+
+def test_an_image_too_large_to_open(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    write_parquet(tmp_path / "data")
+    line = fails(capsys, "--dataset", "cifar10", "--data-dir", tmp_path / "data", "--out", tmp_path / "run")
+    assert "an image cannot be decoded (Image size (1024 pixels) exceeds limit" in line
+
+
+@pytest.mark.parametrize("names", [None, 10, ["one"]])
+def test_unusable_names_of_classes_are_left_aside(names):
+    info = {"info": {"features": {"label": {"names": names}}}}
+    assert data._class_names({b"huggingface": json.dumps(info).encode()}, data.SPECS["cifar10"]) is None
 
 
 def test_damaged_or_missing_parquet(tmp_path, capsys):

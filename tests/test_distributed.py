@@ -197,12 +197,32 @@ def test_batch_that_cannot_be_shared(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_later_processes_are_silent_about_errors(monkeypatch, capsys):
+def test_later_processes_leave_it_to_the_first_to_tell_errors(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    waited = []
+
+    def wait(seconds):  # in which torchrun ends a process when another has failed
+        assert capsys.readouterr().err == ""
+        waited.append(seconds)
+
+    monkeypatch.setattr("errors.time.sleep", wait)
     with pytest.raises(SystemExit) as exit_info:
         cifar.main([*SMALL, "--model", "nothing"])
     assert exit_info.value.code == 2
-    assert capsys.readouterr().err == ""
+    assert waited == [1]
+    assert capsys.readouterr().err.startswith("error in process 1: --model nothing is no timm model")
+
+
+@pytest.mark.parametrize(("size", "message"), [
+    ("2", "WORLD_SIZE is 2 in the environment, but not RANK; start several processes with torchrun, or unset it"),
+    ("x", "WORLD_SIZE is x in the environment"),
+])
+def test_half_the_environment_of_torchrun(monkeypatch, capsys, size, message):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(SystemExit) as exit_info:
+        cifar.main(SMALL)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_one_process_needs_no_group():

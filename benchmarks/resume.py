@@ -1,0 +1,50 @@
+"""How a training goes on where it stopped: its arguments, what must be the same, and the command to give."""
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from checkpoint import FILE_NAME, load_state
+from environment import command_line
+from errors import RunError
+
+
+def saved_arguments(out: Path) -> dict[str, Any]:
+    """Return the arguments that the run in ``out`` had, so that resuming it needs no others.
+
+    Raises:
+        RunError: There is no checkpoint, or it is damaged.
+    """
+    state = load_state(out)
+    settings = state["settings"]
+    return {
+        **settings, "sync_bn": settings["bn_batch"] == settings["batch_size"], "data_dir": state.get("data_dir"),
+        "eval_every": state.get("eval_every", 0),
+        "initial_checkpoint": None}  # the setting is its digest, and its weights are no longer needed
+
+
+def check_folder(out: Path, settings: dict[str, Any], state: dict[str, Any] | None) -> None:
+    """Refuse a folder that has another run, or, if there is a ``state`` to resume, one of other ``settings``."""
+    if state is not None:
+        changed = [key for key, value in state["settings"].items() if settings.get(key) != value]
+        if changed:
+            raise RunError(
+                f"--resume: the checkpoint in {out} has {changed[0]} = {state['settings'][changed[0]]}, this command "
+                f"{settings.get(changed[0])}; give the same settings or another --out")
+    elif out.is_dir() and any((out / name).exists() for name in (FILE_NAME, "result.json", "model.safetensors")):
+        raise RunError(f"--out {out} already has a run; add --resume to go on with it, or name another folder")
+
+
+def check_data(out: Path, digest: str, state: dict[str, Any]) -> None:
+    """Refuse to go on with a run on other images or labels than those that it began with."""
+    if state["data_sha256"] != digest:
+        raise RunError(f"--resume: the training images are not those that the run in {out} began with; give its "
+                       "--data-dir, or start again in another --out")
+
+
+def command_to_resume(args: argparse.Namespace, out: Path, processes: int) -> str:
+    """Return the command that goes on with the run in ``out``, as a shell takes it."""
+    command = command_line("cifar.py", args.argv, processes=processes, without=())
+    for flag, addition in (("--resume", " --resume"), ("--out", f" --out {shlex.quote(str(out))}")):
+        command += addition if flag not in command else ""
+    return command

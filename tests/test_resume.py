@@ -1,0 +1,203 @@
+"""What may be gone on with: checkpoints as they were written, on the same data, in a folder that nobody else has."""
+import contextlib
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import cifar
+import evaluate
+import trainer
+from checkpoint import FILE_NAME, claim, load_checkpoint
+from errors import RunError
+from test_cifar import fails, run
+from test_data import NOISE, encoded, write_parquet
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A finished run."""
+    run("--epochs", "1", "--out", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def drop(name):
+    return lambda tensors, state: tensors.pop(name)
+
+
+def put(name, value):
+    return lambda tensors, state: tensors.update({name: value})
+
+
+def tell(name, value):
+    return lambda tensors, state: state.update({name: value})
+
+
+@pytest.mark.parametrize("edit", [
+    drop("generator"), drop("model.head.fc.weight"), drop("optimizer.0.momentum_buffer"),
+    put("model.other", torch.zeros(1)), put("model.head.fc.bias", torch.full((10,), torch.nan)),
+    put("model.head.fc.bias", torch.zeros(10, dtype=torch.int64)), put("optimizer.0.momentum_buffer", torch.zeros(3)),
+    tell("step", 10 ** 6), tell("step", -5), tell("step", "3"), tell("epochs", []), tell("settings", []),
+    tell("settings", {}), lambda tensors, state: state["settings"].update(lr="big"),
+    lambda tensors, state: state.clear(),
+])
+def test_an_edited_checkpoint_is_not_gone_on_with(out, capsys, edit):
+    path = out / FILE_NAME
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    state = json.loads(metadata["state"])
+    edit(tensors, state)
+    safetensors.torch.save_file(tensors, path, metadata={**metadata, "state": json.dumps(state)})
+    before = contents(out)
+    assert f"{FILE_NAME} is damaged (its content is not what its digest was made of); remove it" in fails(
+        capsys, "--epochs", "1", "--out", out, "--resume")
+    assert contents(out) == before
+
+
+def test_a_checkpoint_without_digest(out, capsys):
+    tensors, state = load_checkpoint(out)
+    safetensors.torch.save_file(tensors, out / FILE_NAME, metadata={"state": json.dumps(state)})
+    assert "is damaged ('sha256')" in fails(capsys, "--epochs", "1", "--out", out, "--resume")
+
+
+def test_other_images_of_the_same_name_are_refused(tmp_path, capsys):
+    write_parquet(tmp_path / "first", labels=[0, 1, 2, 3], image=encoded(NOISE, "PNG"))
+    write_parquet(tmp_path / "other", labels=[0, 1, 2, 4], image=encoded(NOISE, "PNG"))
+    settings = ("--dataset", "cifar10", "--limit", 0, "--batch-size", 4, "--epochs", 1, "--out", tmp_path / "run")
+    run(*settings, "--data-dir", tmp_path / "first")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert len(result["data_sha256"]) == 64
+    before = contents(tmp_path / "run")
+    line = fails(capsys, *settings, "--resume", "--data-dir", tmp_path / "other")
+    assert "--resume: the training images are not those" in line
+    assert contents(tmp_path / "run") == before
+    (tmp_path / "first").rename(tmp_path / "moved")
+    run(*settings, "--resume", "--data-dir", tmp_path / "moved")
+
+
+def test_weights_that_are_no_numbers_are_neither_kept_nor_exported(tmp_path, capsys):
+    line = fails(capsys, "--lr", 1e39, "--warmup", 0, "--precision", "fp32", "--limit", 64, "--batch-size",
+                 64, "--epochs", 1, "--out", tmp_path / "run")
+    assert line.endswith("any more after epoch 1; there was no checkpoint yet; try a lower --lr"), line
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_diverged_run_goes_on_from_its_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    train_epoch = trainer.Trainer.train_epoch
+
+    def diverges(self, *args):
+        if self.step:
+            self.sums += torch.inf
+        return train_epoch(self, *args)
+
+    monkeypatch.setattr(trainer.Trainer, "train_epoch", diverges)
+    line = fails(capsys, "--out", tmp_path / "run")
+    kept = tmp_path / "run" / FILE_NAME
+    assert "the loss is not a number in epoch 2; the last good checkpoint is kept" in line
+    assert line.endswith(f"from there with --initial-checkpoint {kept}")
+    monkeypatch.undo()
+    run("--lr", 0, "--epochs", 1, "--initial-checkpoint", kept, "--out", tmp_path / "second")
+    weights = safetensors.torch.load_file(tmp_path / "second" / "model.safetensors")
+    tensors, _ = load_checkpoint(tmp_path / "run")
+    assert torch.equal(weights["head.fc.weight"], tensors["model.head.fc.weight"])
+
+
+def test_one_process_a_folder(tmp_path, capsys):
+    with claim(tmp_path / "run"):
+        assert f"--out {tmp_path / 'run'} is in use by another process" in fails(capsys, "--out", tmp_path / "run")
+        assert list((tmp_path / "run").iterdir()) == []
+    run("--epochs", "1", "--out", tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_training(tmp_path, monkeypatch, capsys):
+    def read_only(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("checkpoint.tempfile.TemporaryFile", read_only)
+    monkeypatch.setattr(trainer.Trainer, "train_step", None)
+    assert f"--out {tmp_path} cannot be written to (Read-only file system); name another" in fails(
+        capsys, "--out", tmp_path)
+    assert "--out must be a path of printable characters, got '\\udcff'" in fails(capsys, "--out", "\udcff")
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("checkpoint.fcntl.flock", no_locks)
+    with claim(tmp_path), claim(tmp_path):
+        pass
+    with pytest.raises(RunError, match="what the block raises"), claim(tmp_path):
+        raise RunError("what the block raises")
+
+
+def test_a_finished_epoch_is_saved_before_it_is_told(tmp_path, monkeypatch):
+    def nobody_reads(self, row):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cifar.Display, "epoch", nobody_reads)
+    monkeypatch.setattr("errors.os.dup2", lambda *_: None)
+    with pytest.raises(SystemExit):
+        run("--out", tmp_path)
+    assert len(load_checkpoint(tmp_path)[1]["epochs"]) == 1
+
+
+def test_a_disk_full_at_the_end_costs_no_training(tmp_path, monkeypatch, capsys):
+    def full(*args, **_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(evaluate, "save_for_hf", full)
+    assert f"cannot write the model to {tmp_path} (No space left on device); make room there" in fails(
+        capsys, "--epochs", 1, "--out", tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(trainer.Trainer, "train_step", None)
+    run("--epochs", 1, "--resume", "--out", tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_interrupted_in_the_last_evaluation(tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cifar, "write_result", interrupt)
+    with pytest.raises(SystemExit) as exit_info:
+        run("--epochs", 1, "--out", tmp_path)
+    assert exit_info.value.code == 130
+    told = capsys.readouterr().out
+    assert "trained, but stopped before the result was written; that is done by: python benchmarks/cifar.py" in told
+    assert told.strip().endswith(f"--out {tmp_path} --resume")
+
+
+def test_hangup_saves_unless_it_is_ignored(tmp_path):
+    if not hasattr(signal, "SIGHUP"):
+        pytest.skip("there are no hangups on this system")
+    before = signal.getsignal(signal.SIGHUP)
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def look(*_):
+        seen["handler"] = signal.getsignal(signal.SIGHUP)
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar, "_run_epochs", look)
+        for handler in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(signal.SIGHUP, handler)
+            with contextlib.suppress(Stop):
+                cifar.run_epochs(None, None, tmp_path, {}, None)
+            assert (seen["handler"] == handler) == (handler == signal.SIG_IGN)
+            assert signal.getsignal(signal.SIGHUP) == handler
+    signal.signal(signal.SIGHUP, before)
