@@ -32,6 +32,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
             grads = [p.grad for p in params]
             momentum = group["momentum"]
             buffers = [self._momentum_buffer(p) for p in params]

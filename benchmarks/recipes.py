@@ -90,7 +90,7 @@ def make_recipe(name: str, dataset: str, overrides: dict[str, Any]) -> Recipe:
         flag = "--" + field.name.replace("_", "-")
         if field.name in CHOICES and value not in CHOICES[field.name]:
             raise RunError(f"{flag} must be one of {', '.join(CHOICES[field.name])}, got {value}")
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # not a number neither
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # nor NaN
             raise RunError(f"{flag} must be finite and not negative, got {value}")
         if field.name in _BELOW_ONE and value >= 1:
             raise RunError(f"{flag} must be below 1, got {value:g}")

@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
         unknown = sorted(set(args.run or ()) - set(EXPERIMENTS))
         if unknown:
             raise RunError(f"--run {unknown[0]} is no experiment; --list shows them")
-        if args.budget is not None and not args.budget > 0:  # not a number neither
+        if args.budget is not None and not args.budget > 0:  # nor NaN
             raise RunError(f"--budget must be above 0 minutes, got {args.budget:g}")
         if args.list:
             list_experiments(args)

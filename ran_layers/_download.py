@@ -179,7 +179,8 @@ def _explain_status(message: str, status: int, repo_id: str) -> str:
     if status == 401:
         return f"the Hub did not accept the token{said}: `hf auth login` with a valid one, or set HF_TOKEN"
     if status == 403:
-        return f"this token may not write to {repo_id}{said}: it needs the `write` role and rights in the namespace"
+        return (f"this token may not write to {repo_id}{said}, or not read it: to write it needs the `write` role and "
+                "rights in the namespace")
     if status == 404:
         return f"{repo_id}: the Hub does not have what was asked for{said}"
     if status in (409, 412):
@@ -187,7 +188,7 @@ def _explain_status(message: str, status: int, repo_id: str) -> str:
     if status == 429:
         return f"the Hub asks to slow down{said}; try again later"
     if status >= 500:
-        return f"the Hub had a server error{f' {status}'}{f': {message}' if message else ''}; try again later"
+        return f"the Hub had a server error {status}{f': {message}' if message else ''}; try again later"
     return f"{repo_id}: the Hub refused{said}"
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn as nn
-from timm.layers import Conv2dSame
+from timm.layers import BatchNormAct2d, Conv2dSame, SyncBatchNormAct
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # timm's, with an activation, are subclasses
+NORM_FORWARDS = [norm.forward for norm in (*BATCH_NORMS, BatchNormAct2d, SyncBatchNormAct)]  # others compute more
 CONVS = (nn.Conv2d, Conv2dSame)  # by exact type: subclasses may compute their weights
 REACH = torch.finfo(torch.float16).max  # no feature map goes further, whatever it is cast to
 
@@ -51,7 +52,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Of the 106 BN of ``ran_att56_cifar`` one is left, before the pooling. Channels-last order is what makes it pay on a
     CPU (``benchmarks/fuse.py``): the convolutions need no reordering of their inputs, and the clamp is one vectorised
     pass. Images may come in either order. Any network that ``torch.fx`` can trace will do; what does not fit one of
-    the two patterns stays as it is. The result cannot be trained any further. Fuse in float32, then cast.
+    the two patterns stays as it is, and so does what is called twice, has two names or lends its weights to something
+    else. The result cannot be trained any further. Fuse in float32, then cast.
 
     Args:
         model: The network; its normalisations must have running statistics to be folded.
@@ -62,7 +64,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``torch.fx`` cannot trace it.
+        ValueError: ``torch.fx`` cannot trace it; it is then as it was.
 
     Example:
         >>> import timm
@@ -75,12 +77,18 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise TypeError(f"model must be an nn.Module, got {model!r} ({type(model).__name__})")
     if not inplace:
         model = copy.deepcopy(model)
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
-    graph = _trace(model)
+    try:
+        graph = _trace(model)
+    except ValueError:
+        for module, mode in training:
+            module.training = mode
+        raise
     modules = _foldable_modules(model, graph)
     for node in graph.nodes:
         norm = modules.get(node)
-        if not isinstance(norm, BATCH_NORMS) or norm.running_mean is None:
+        if not isinstance(norm, BATCH_NORMS) or type(norm).forward not in NORM_FORWARDS or norm.running_mean is None:
             continue
         source = node.all_input_nodes[0]
         before = modules.get(source) if len(source.users) == 1 else None
@@ -162,12 +170,14 @@ def _trace(model: nn.Module) -> torch.fx.Graph:
 
 
 def _foldable_modules(model: nn.Module, graph: torch.fx.Graph) -> dict[torch.fx.Node, nn.Module]:
-    """Return the module of each graph node that calls one which is called only there and has no hooks."""
-    modules = dict(model.named_modules())
+    """Return the module of each graph node that calls one which is used only there and has no hooks."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node for node in graph.nodes if node.op == "call_module"]
-    times = Counter(node.target for node in calls)
+    times = Counter(modules[node.target] for node in calls)
+    names = Counter(modules.values())
+    lent = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     return {
         node: module for node in calls
-        if times[node.target] == 1
-        and not (module := modules[node.target])._forward_hooks and not module._forward_pre_hooks
+        if times[module := modules[node.target]] == names[module] == 1 and node.target not in lent
+        and not module._forward_hooks and not module._forward_pre_hooks
     }

@@ -23,9 +23,10 @@ PROBE_SIZE = 224  # pixels of the image that finds the channel counts, for netwo
 class InsertedAttention(nn.Module):
     """An Attention Module behind a gate: ``x + gamma * (attention(x) - x)``, with one ``gamma`` per channel.
 
-    With ``gamma = 0``, where it starts, this is the identity to the bit; with ``gamma = 1`` it is the Attention Module.
+    With ``gamma = 0``, where it starts, this is exactly the identity; with ``gamma = 1`` it is the Attention Module.
     The mask itself cannot give such a start: a sigmoid is never 0, and where it comes near its gradient vanishes. Here
-    the first step moves ``gamma``, whose gradient does not vanish, and from the second on everything learns.
+    the first step moves ``gamma``, whose gradient does not vanish, and from the second on everything learns. Where the
+    module overflows, as on maps of some thousands in float16, the outputs are no numbers.
 
     Shapes:
         input and output ``(batch, channels, height, width)``, or ``(batch, height, width, channels)`` with ``nhwc``.
@@ -281,6 +282,7 @@ def _run_wide(
 
 def _check_fit(name: str, module: InsertedAttention, feature_map: torch.Tensor) -> None:
     """Raise if the module, in eval mode, does not take the host's output."""
+    version = feature_map._version
     try:
         with torch.no_grad():
             module(feature_map)
@@ -288,6 +290,9 @@ def _check_fit(name: str, module: InsertedAttention, feature_map: torch.Tensor) 
         shape = tuple(feature_map.shape)
         raise ValueError(
             f"the Attention Module for {name!r} does not take its output of shape {shape}: {error}") from error
+    if feature_map._version != version:
+        raise ValueError(f"the Attention Module for {name!r} changes its input in place, which goes past it too; its "
+                         "trunk must not begin with an operation in place")
 
 
 def _is_nhwc(output: torch.Tensor, image: torch.Tensor) -> bool:

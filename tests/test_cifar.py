@@ -16,7 +16,7 @@ import cifar  # noqa: E402
 from checkpoint import FILE_NAME, load_checkpoint  # noqa: E402
 from data import corrupt_labels, load_dataset  # noqa: E402
 from evaluate import evaluate, load_exported  # noqa: E402
-from muon import orthogonalize  # noqa: E402
+from muon import Muon, orthogonalize  # noqa: E402
 from recipes import lr_scale, make_recipe, pixels_seen, resolution_at  # noqa: E402
 
 SMALL = ["--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "160", "--epochs", "2"]
@@ -164,6 +164,15 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     assert "--resume: the checkpoint" in fails(capsys, "--out", out, "--resume", "--epochs", "3")
     assert "seed = 0, this command 5" in fails(capsys, "--out", out, "--resume", "--epochs", "1", "--seed", "5")
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_muon_without_a_gradient_to_orthogonalise():
+    weight, bias = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4))
+    optimizer = Muon([{"params": [weight], "orthogonalize": True}, {"params": [bias]}], lr=0.1)
+    bias.sum().backward()
+    optimizer.step()
+    assert weight.eq(1).all()
+    assert bias.lt(1).all()
 
 
 def test_damaged_checkpoint(tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, StdConv2d
 
 import ran_layers
@@ -106,13 +107,24 @@ class Awkward(nn.Module):
         self.hooked = nn.Conv2d(6, 6, 1)
         self.hooked.register_forward_hook(double)
         self.norm5 = nn.BatchNorm2d(6)
+        self.renamed, self.norm6 = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)  # both have a second name
+        self.body = nn.Sequential(self.renamed, self.norm6)
+        self.lent, self.norm7 = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)  # the weights go elsewhere too
+        self.plain, self.norm8 = nn.Conv2d(6, 6, 1), _Doubled(6)  # computes more than a BN
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm1(self.shared(self.shared(x)))
         y = self.split(x)
         x = self.norm3(self.standardized(y + self.norm2(y)))
         x = self.norm4(self.padded(self.preact(x)))
-        return self.norm5(self.hooked(x))
+        x = self.body(self.norm5(self.hooked(x)))
+        x = self.norm7(self.lent(x)) + F.conv2d(x, self.lent.weight) + self.lent.bias.sum()
+        return self.norm8(self.plain(x))
+
+
+class _Doubled(BatchNormAct2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
 
 
 def double(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
@@ -128,7 +140,7 @@ def test_what_does_not_fit_stays_as_it_is() -> None:
     fused, x = ran_layers.fuse(model), torch.randn(2, 6, 5, 5)
     with torch.no_grad():
         assert (fused(x) - model(x)).abs().max() < 1e-4
-    assert count(fused, nn.BatchNorm2d) == count(model, nn.BatchNorm2d) == 6
+    assert count(fused, nn.BatchNorm2d) == count(model, nn.BatchNorm2d) == 9
 
 
 def test_copy_or_in_place() -> None:
@@ -160,8 +172,11 @@ def test_errors_say_what_is_wrong() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(ValueError, match=r"forward pass that torch.fx can trace; Untraceable has not"):
-        ran_layers.fuse(Untraceable())
+    model = nn.Sequential(Untraceable(), nn.BatchNorm2d(1).eval())
+    for inplace in (False, True):
+        with pytest.raises(ValueError, match=r"forward pass that torch.fx can trace; Sequential has not"):
+            ran_layers.fuse(model, inplace=inplace)
+        assert [module.training for module in model.modules()] == [True, True, False]
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got 'resnet18'"):
         ran_layers.fuse("resnet18")
 

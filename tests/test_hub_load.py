@@ -77,6 +77,22 @@ def test_pull_that_may_not_be(hub, run_dir, cli, tmp_path, monkeypatch):
     assert not target.exists()
 
 
+def test_pull_into_the_current_folder_or_through_a_link(hub, run_dir, cli, tmp_path, monkeypatch, expected):
+    push_to_hub(run_dir, REPO)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there", target_is_directory=True)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (".", tmp_path / "link"):
+        assert cli("pull", REPO, folder)[0] == 0
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        assert torch.equal(model(IMAGES), expected)
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == sorted(
+        path.name for path in (tmp_path / "here").iterdir())
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".here", ".there"))]
+
+
 def test_pull_on_a_full_disk(hub, run_dir, cli, tmp_path):
     push_to_hub(run_dir, REPO)
     with full_disk():

@@ -221,6 +221,7 @@ def test_the_forms_of_where_in_the_documentation() -> None:
     ("layer4", {"mask_depth": 3}, ValueError, "'layer4' does not take its output of shape .* use a smaller mask_depth"),
     ("layer4", {"trunk": nn.Conv2d(8, 8, 1)}, ValueError, "'layer4' does not take its output of shape"),
     ("layer3", {"trunk": nn.Conv2d(256, 256, 1, stride=2)}, ValueError, "'layer3' does not take its output of shape"),
+    ("layer3", {"p": 0, "trunk": nn.ReLU(inplace=True)}, ValueError, "'layer3' changes its input in place"),
     ("layer3", {"trunk": nn.Conv2d(256, 1, 1)}, ValueError, r"output of shape \[1, 1, 4, 4\] for an input of shape"),
     (["layer3", "layer4"], {"trunk": nn.Identity()}, ValueError, "trunk is one module and cannot be in 2 places"),
     ("layer1", {"example_input": torch.zeros(1, 1, 8, 8)}, ValueError,

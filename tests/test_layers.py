@@ -364,6 +364,7 @@ def test_copies(args):
 @pytest.mark.parametrize("layer", [
     AttentionModule, SoftMaskBranch, LocalMaskBranch, ResidualUnit, ResidualUnitDown,
     functools.partial(ResNeXtUnit, groups=1), functools.partial(AttentionModule, mask="local", norm_layer="groupnorm1"),
+    functools.partial(AttentionModule, act_layer="prelu"), functools.partial(ResNeXtUnit, groups=1, act_layer="prelu"),
 ])
 def test_device_and_dtype(layer):
     module = layer(8, device="meta", dtype=torch.float64)

@@ -2,6 +2,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,7 +14,7 @@ from timm.optim import create_optimizer_v2
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from ran_layers import AttentionModule
+from ran_layers import AttentionModule, ResidualUnit
 from ran_layers.models import ResidualAttentionNet
 
 NAMES = [*timm.list_models("ran_*"), "plain_cnn8_cifar"]
@@ -312,6 +313,13 @@ def test_attention_arguments():
     modules = [m for m in model.modules() if isinstance(m, AttentionModule)]
     assert [(type(m.mask).__name__, m.residual, len(m.trunk), m.mask.head.act.kind) for m in modules] == [
         ("LocalMaskBranch", False, 1, "spatial")] * 3
+    args = {"act_layer": nn.SiLU, "norm_layer": "groupnorm1", "drop_path": 0.1}
+    model = timm.create_model("ran_att56_cifar", attention_args=args)
+    unit = model.stages[0].blocks[1].trunk[0]
+    assert type(unit.norm1).__name__ == "GroupNorm1Act"
+    assert type(unit.norm1.act) is nn.SiLU
+    assert unit.drop_path.drop_prob == 0.1
+    assert type(model.stages[0].blocks[0].norm1.act) is nn.ReLU
     model = timm.create_model("ran_att56", device="meta")
     assert [m.mask.mask_depth for m in model.modules() if isinstance(m, AttentionModule)] == [3, 2, 1]
 
@@ -325,10 +333,44 @@ def test_attention_arguments():
     ({"modules": (1, 1)}, ValueError, "must have one entry per stage"),
     ({"unit_layer": 1}, TypeError, r"unit_layer must be a layer class, got 1 \(int\)"),
     ({"attention_args": {"t": -1}}, ValueError, "t must be at least 0, got -1"),
+    ({"attention_args": {"trunk": nn.Identity()}}, ValueError, "trunk is one module and cannot be in 3 places"),
+    ({"stem_chs": 0}, ValueError, "stem_chs must be at least 1, got 0"),
+    ({"stem_chs": "64"}, TypeError, "stem_chs must be an int of at least 1, got '64'"),
+    ({"device": "gpu9"}, ValueError, "device must be a torch.device, its name"),
+    ({"channels": (), "modules": (), "closing_units": (), "mask_depths": ()}, ValueError, "channels must have at"),
 ])
 def test_wrong_arguments(args, error, message):
     with pytest.raises(error, match=message):
         timm.create_model("ran_att56_cifar", **args)
+
+
+@pytest.mark.parametrize(("name", "kwargs", "error", "message"), [
+    ("plain_cnn8_cifar", {"depths": (2, 0, 2, 1)}, ValueError, r"depths\[1\] must be at least 1, got 0"),
+    ("plain_cnn8_cifar", {"channels": (0, 64, 128, 256)}, ValueError, r"channels\[0\] must be at least 1, got 0"),
+    ("plain_cnn8_cifar", {"dtype": torch.int32}, TypeError, "dtype must be a floating-point torch.dtype"),
+    ("resnet18_cifar", {"stem_type": "deep"}, ValueError, "stem_type must be '', the 3x3 stem of this network, got 'd"),
+])
+def test_wrong_arguments_of_the_baselines(name, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model(name, **kwargs)
+
+
+def test_a_classifier_of_less_than_no_classes():
+    model = timm.create_model("ran_att56_cifar")
+    with pytest.raises(ValueError, match="num_classes must be at least 0, got -3"):
+        model.reset_classifier(-3)
+    assert model.num_classes == model.head.fc.out_features == 10
+
+
+def test_numbers_of_numpy_and_units_with_linear_layers():
+    class Unit(ResidualUnit):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.extra = nn.Linear(2, 2, bias=False)
+
+    model = timm.create_model(
+        "ran_att56_cifar", num_classes=np.int64(3), drop_path_rate=np.float32(0.1), unit_layer=Unit)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
 
 @pytest.mark.parametrize(("kwargs", "error", "message"), [

@@ -65,7 +65,13 @@ class AttentionModule(ImageLayer):
         super().__init__(data_format=data_format, **kwargs)
         check_int("p", p, 0)
         check_int("t", t, 0)
+        check_int("r", r, 1)
+        check_int("mask_depth", mask_depth, 1)
         check_choice("mask", mask, ("soft", "local"))
+        if skips is not None:
+            check_int("skips", skips, 0)
+            if mask == "local":
+                raise ValueError(f"skips must be None for mask='local', which has no skip connections, got {skips}")
         check_choice("learning", learning, ("residual", "naive"))
         check_fraction("bottle_ratio", bottle_ratio, zero=False, one=True)
         self.init_args = dict(

@@ -1,6 +1,7 @@
 """Argument checks shared by the layers: one clear error that names the argument, what came and what is allowed."""
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ def check_int(name: str, value: Any, minimum: int) -> int:
         TypeError: ``value`` is no integer (a bool is none either).
         ValueError: ``value`` is below ``minimum``.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int of at least {minimum}, got {value!r} ({type(value).__name__})")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
+    return int(value)
 
 
 def check_fraction(name: str, value: Any, *, zero: bool, one: bool) -> float:
@@ -32,9 +33,9 @@ def check_fraction(name: str, value: Any, *, zero: bool, one: bool) -> float:
         ValueError: ``value`` is outside the interval.
     """
     interval = f"in {'[' if zero else '('}0, 1{']' if one else ')'}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number {interval}, got {value!r} ({type(value).__name__})")
-    if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
+    if not (0 < float(value) < 1 or (zero and value == 0) or (one and value == 1)):
         raise ValueError(f"{name} must be {interval}, got {value}")
     return float(value)
 
@@ -124,7 +125,8 @@ def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..
 
     def construct(channels: int, **kwargs: Any) -> nn.Module:
         try:
-            return layer(channels, **kwargs)
+            # timm makes the activation without device and dtype, and some have parameters.
+            return layer(channels, **kwargs).to(kwargs.get("device"), kwargs.get("dtype"))
         except (AssertionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"norm_layer must take {channels} channels and the arguments {', '.join(kwargs)}, "

@@ -78,7 +78,8 @@ class AttentionModule(nn.Module, HubMixin):
         norm_layer: Normalisation, a timm name or a class.
         drop_path: Probability of dropping a unit's residual branch in training, in [0, 1).
         unit_layer: The basic unit, a class with the arguments of :class:`ResidualUnit`.
-        trunk: A trunk branch of your own that keeps the shape; ``t`` units if None.
+        trunk: A trunk branch of your own that keeps the shape; ``t`` units if None. Its first operation must not be
+            in place: the mask branch reads the same map.
         device, dtype: Where the parameters lie and their type, as in torch's layers.
 
     Raises:

@@ -152,7 +152,7 @@ class ResNeXtUnit(nn.Module):
             )
             if stride != 1 or in_channels != out_channels else None
         )
-        self.act = create_act_layer(act_layer)
+        self.act = create_act_layer(act_layer).to(device, dtype)
 
     def zero_init_last(self) -> None:
         """Let the unit begin as its shortcut, as :meth:`ResidualUnit.zero_init_last`."""

@@ -70,7 +70,7 @@ class StagedNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one of ``num_classes`` (0 for none), and the pooling if given."""
-        self.num_classes = num_classes
+        self.num_classes = check_int("num_classes", num_classes, 0)
         self.head.in_features = self.num_features  # fewer than at first if stages were pruned
         self.head.reset(num_classes, global_pool)
         self.head.to(next(self.parameters()))  # its device and dtype

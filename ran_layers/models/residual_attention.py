@@ -19,7 +19,7 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from ..layers import AttentionModule, ResidualUnit, ResNeXtUnit
-from ..layers._args import LayerType, check_int, check_unit_layer, resolve_norm_act
+from ..layers._args import LayerType, check_device_dtype, check_int, check_unit_layer, resolve_norm_act
 from ..layers.residual_unit import is_preact
 from ._cifar import cifar_cfgs
 from ._pretrained import safetensors_only
@@ -76,13 +76,16 @@ class ResidualAttentionNet(StagedNet):
             dtype: Any = None,
     ) -> None:
         super().__init__(num_classes, in_chans, drop_rate, drop_path_rate)
-        dd = {"device": device, "dtype": dtype}
+        dd = check_device_dtype(device, dtype)
+        check_int("stem_chs", stem_chs, 1)
         unit_args: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
         norm_act = resolve_norm_act(norm_layer, act_layer)
         if not len(channels) == len(modules) == len(closing_units) == len(mask_depths):
             raise ValueError(
                 f"channels, modules, closing_units and mask_depths must have one entry per stage, got {channels}, "
                 f"{modules}, {closing_units}, {mask_depths}")
+        if not channels:
+            raise ValueError("channels must have at least one entry, the stages of the network, got none")
         check_unit_layer(unit_layer, ["drop_path", *unit_args])
         for name, counts, least in (("channels", channels, 1), ("modules", modules, 0),
                                     ("closing_units", closing_units, 0), ("mask_depths", mask_depths, 1)):
@@ -101,12 +104,14 @@ class ResidualAttentionNet(StagedNet):
         for i, out_channels in enumerate(channels):
             stride = 1 if i == 0 else 2
             rates = iter(drop_paths[i])
-            module_args = {"mask_depth": mask_depths[i], **(attention_args or {})}
+            module_args = {
+                "mask_depth": mask_depths[i], "unit_layer": unit_layer, **unit_args, **(attention_args or {})}
+            if sum(modules) > 1 and isinstance(module_args.get("trunk"), nn.Module):
+                raise ValueError(f"attention_args: trunk is one module and cannot be in {sum(modules)} places")
             # A unit that sets channels and resolution, Attention Modules, closing units.
             self.stages.append(Stage(nn.Sequential(
                 unit_layer(in_channels, out_channels, stride, drop_path=next(rates), **unit_args),
-                *(AttentionModule(
-                    out_channels, drop_path=next(rates), unit_layer=unit_layer, **module_args, **unit_args)
+                *(AttentionModule(out_channels, **{"drop_path": next(rates), **module_args})
                   for _ in range(modules[i])),
                 *(unit_layer(out_channels, drop_path=next(rates), **unit_args) for _ in range(closing_units[i])),
             )))
@@ -127,7 +132,8 @@ class ResidualAttentionNet(StagedNet):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
 

@@ -27,6 +27,8 @@ class ResNetCifar(ResNet):
     def __init__(
             self, block: Any, layers: Any, *, in_chans: int = 3, device: Any = None, dtype: Any = None, **kwargs: Any,
     ) -> None:
+        if kwargs.get("stem_type"):
+            raise ValueError(f"stem_type must be '', the 3x3 stem of this network, got {kwargs['stem_type']!r}")
         super().__init__(block, layers, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
         net: Any = self  # timm declares these attributes as what its own stems make them
         net.conv1 = nn.Conv2d(in_chans, net.conv1.out_channels, 3, 1, 1, bias=False, device=device, dtype=dtype)
