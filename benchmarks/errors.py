@@ -22,8 +22,8 @@ def first_line(error: BaseException) -> str:
 def told_in_one_line() -> Iterator[None]:
     """End the process, where the block fails as commands do, with one line and no traceback.
 
-    Of processes that train together the first speaks at once, and another if torchrun does not end it within a second:
-    then the first had nothing to say.
+    Of processes that train together the first speaks at once, and another if torchrun does not end it within three
+    seconds: then the first had nothing to say.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -38,6 +38,6 @@ def told_in_one_line() -> Iterator[None]:
     except (RunError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
-            time.sleep(1)
+            time.sleep(3)
         print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -6,6 +6,9 @@
 Four forms of each network take turns, so that whatever else the machine does meets all of them alike; a speedup is
 the median over the rounds of the time of the plain network over the form's in the same round.
 """
+import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
+
+# isort: split
 import argparse
 import copy
 import statistics

@@ -4,14 +4,14 @@
 `Going deeper with Image Transformers` (LayerScale, the form of the gate) - https://arxiv.org/abs/2103.17239
 """
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
 
 from .layers import AttentionModule
+from .masks import evaluating
 
 Where = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -221,18 +221,6 @@ def _blank_image(model: nn.Module) -> torch.Tensor:
     return torch.zeros(1, channels, *size, device=parameter.device, dtype=parameter.dtype)
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluate, then put each module back into the mode it was in: frozen parts may be in another than the rest."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
 def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the feature map that each host gives in one forward pass."""
     outputs: dict[str, list[Any]] = {name: [] for name in hosts}
@@ -242,7 +230,7 @@ def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Ten
 
     hooks = [host.register_forward_hook(record(name)) for name, host in hosts.items()]
     try:
-        with torch.no_grad(), _eval_mode(model):
+        with evaluating(model):
             model(example_input)
     except Exception as error:
         raise ValueError(

@@ -209,7 +209,7 @@ def test_later_processes_leave_it_to_the_first_to_tell_errors(monkeypatch, capsy
     with pytest.raises(SystemExit) as exit_info:
         cifar.main([*SMALL, "--model", "nothing"])
     assert exit_info.value.code == 2
-    assert waited == [1]
+    assert waited == [3]
     assert capsys.readouterr().err.startswith("error in process 1: --model nothing is no timm model")
 
 

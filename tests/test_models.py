@@ -77,6 +77,7 @@ def test_names():
     assert {"ran_att56_cifar.cifar10", "ran_att56_cifar.cifar100", "ran_att56.untrained"} < set(
         timm.list_models("ran_*", include_tags=True))
     pretrained = [name for name in timm.list_pretrained() if name.partition(".")[0] in NAMES]
+    assert len(pretrained) >= 4
     assert all(timm.models.get_pretrained_cfg(name).file for name in pretrained)
 
 

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was changed, run the same command again", file=sys.stderr)
+        print("error: interrupted; run the same command again", file=sys.stderr)
         return 130
 
 

@@ -30,6 +30,10 @@ class PlainCNN(StagedNet):
         depths: Convolutions in each stage.
         num_classes, in_chans, global_pool, drop_rate, act_layer, norm_layer: As in timm's networks.
         drop_path_rate: Accepted for timm's interface; there is no residual path to drop.
+        device, dtype: Where the parameters lie and their type, as in torch's layers.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type or outside its range; the message names it.
     """
 
     def __init__(
