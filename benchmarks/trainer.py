@@ -156,7 +156,8 @@ class Trainer:
     def _is_finite(self) -> bool:
         """Whether all that a checkpoint would hold are numbers."""
         tensors = [tensor.detach() for tensor in self._all_tensors() if tensor.is_floating_point()]
-        return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
+        norms = [norm.to(self.device) for norm in torch._foreach_norm(tensors)]  # some optimisers count on the CPU
+        return bool(torch.stack(norms).isfinite().all())
 
     def work(self, progress: float) -> float:
         """Return what of the computing is done at ``progress`` of the training, in no unit of its own."""

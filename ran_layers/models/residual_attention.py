@@ -42,8 +42,8 @@ class ResidualAttentionNet(StagedNet):
         stem_chs: Channels of the stem's convolution.
         stem_type: ``'7x7'`` (stride 2, BN, ReLU, max-pooling of stride 2), ``'3x3s2'`` or ``'3x3'`` (one convolution).
         unit_layer: The basic unit.
-        attention_args: Arguments of every :class:`~ran_layers.AttentionModule`, in place of the network's (``t``, ``r``,
-            ``p``, ``mask``, ``learning``, ``mask_act``, ...).
+        attention_args: Arguments of every :class:`~ran_layers.AttentionModule`, in place of the network's (``t``,
+            ``r``, ``p``, ``mask``, ``learning``, ``mask_act``, ...).
         num_classes: Number of classes; 0 for none.
         in_chans: Channels of the input image.
         global_pool: timm's pooling name; '' for none.
