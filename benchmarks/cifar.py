@@ -160,6 +160,8 @@ def train(args: argparse.Namespace, until_done: contextlib.ExitStack) -> None:
         args.precision = settings["precision"] = "fp32" if world.any(int(slow)) else "bf16"
     if world.main:
         until_done.enter_context(claim(out))
+        if not resumed:
+            check_folder(out, settings, None)  # again: until now another process may have trained there
     params = sum(p.numel() for p in model.parameters())
     model = model.to(device, memory_format=torch.channels_last)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")

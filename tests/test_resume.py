@@ -120,6 +120,18 @@ def test_one_process_a_folder(tmp_path, capsys):
     run("--epochs", "1", "--out", tmp_path / "run")
 
 
+def test_a_run_that_another_process_finished_in_the_meantime(tmp_path, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def claimed_late(folder):
+        folder.mkdir()
+        (folder / "result.json").touch()
+        yield
+
+    monkeypatch.setattr(cifar, "claim", claimed_late)
+    assert "already has a run" in fails(capsys, "--out", tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["result.json"]
+
+
 def test_a_folder_that_cannot_be_written_to_is_found_before_training(tmp_path, monkeypatch, capsys):
     def read_only(**_):
         raise OSError(30, "Read-only file system")
