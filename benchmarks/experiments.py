@@ -122,6 +122,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "trunk56-best": Experiment(model_kwargs=trunk(4, 4, 4, 2)),
     "trunk56-macs-best": Experiment(model_kwargs=trunk(8, 6, 6, 2)),
     "trunk56-params-best": Experiment(model_kwargs=trunk(8, 8, 9, 2)),
+    "trunk92-params-best": Experiment("ran_att92_cifar", model_kwargs=trunk(16, 16, 18, 2)),
     # Optimiser and batch size, the report's section 4.
     **{
         f"att56-sgd{batch}-report": Experiment(recipe="report", args=("--batch-size", str(batch)))
@@ -257,7 +258,10 @@ TABLES: dict[str, Table] = {
         "Label noise", "CIFAR-10 with a share of the training labels wrong (the paper's section 4.1; its plain network "
         "is ResNet-164). The paper's network under its recipe, and the report's under `best`, each against its trunk "
         "with units added.",
-        tuple(
+        (
+            Row("no noise, Attention-92 (report)", "att92-cifar10-best"),
+            Row("no noise, its trunk with as many parameters", "trunk92-params-best", against="att92-cifar10-best"),
+        ) + tuple(
             row for share in _NOISE for row in (
                 Row(f"{share:.0%} noise, Attention-92 (paper)", noisy("orig92", share, "paper"),
                     noise("Attention-92", share)),

@@ -82,6 +82,7 @@ def test_trunks_cost_what_their_rows_say():
     params, macs = size("att56-cifar10-best")
     assert size("trunk56-macs-best")[1] == pytest.approx(macs, rel=0.005)
     assert size("trunk56-params-best")[0] == pytest.approx(params, rel=0.005)
+    assert EXPERIMENTS["trunk92-params-best"].model_kwargs == EXPERIMENTS["trunk92-noise10-best"].model_kwargs
     for network, recipe in (("orig92", "paper"), ("att92", "best")):
         params, _ = size(f"{network}-noise10-{recipe}")
         assert size(f"trunk92-noise10-{recipe}")[0] == pytest.approx(params, rel=0.005)
