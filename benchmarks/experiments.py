@@ -261,8 +261,7 @@ TABLES: dict[str, Table] = {
         (
             Row("no noise, Attention-92 (report)", "att92-cifar10-best"),
             Row("no noise, its trunk with as many parameters", "trunk92-params-best", against="att92-cifar10-best"),
-        ) + tuple(
-            row for share in _NOISE for row in (
+            *(row for share in _NOISE for row in (
                 Row(f"{share:.0%} noise, Attention-92 (paper)", noisy("orig92", share, "paper"),
                     noise("Attention-92", share)),
                 Row(f"{share:.0%} noise, its trunk with as many parameters", noisy("trunk92", share, "paper"),
@@ -270,6 +269,7 @@ TABLES: dict[str, Table] = {
                 Row(f"{share:.0%} noise, Attention-92 (report)", noisy("att92", share, "best")),
                 Row(f"{share:.0%} noise, its trunk with as many parameters", noisy("trunk92", share, "best"),
                     against=noisy("att92", share, "best")))),
+        ),
     ),
     "full": Table(
         "Past the paper", "The paper's Attention-92 and our wide one, trained for longer.",
