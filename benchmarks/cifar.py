@@ -52,8 +52,8 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     parser.add_argument("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE",
                         help="arguments of the model, values as JSON, e.g. attention_args='{\"learning\": \"naive\"}'")
     parser.add_argument("--initial-checkpoint", type=Path, metavar="FILE",
-                        help="begin with the weights of another run, its model.safetensors; a classifier of other "
-                             "classes begins anew")
+                        help="begin with the weights of another run, its model.safetensors or checkpoint.safetensors; "
+                             "a classifier of other classes begins anew")
     parser.add_argument("--dataset", default="cifar10", choices=DATASETS)
     parser.add_argument("--data-dir", help="Parquet files on disk, in the Hub's layout (default: the Hub)")
     parser.add_argument("--recipe", choices=RECIPES, help="default: best on a GPU, quick on a CPU")
