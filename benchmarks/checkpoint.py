@@ -75,12 +75,13 @@ def claim(folder: Path) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some file systems have no locks, which is no reason not to train
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunError(f"--out {folder} is in use by another process; wait for it, or name another "
-                               "folder") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"--out {folder} is in use by another process; wait for it, or name another "
+                           "folder") from error
+        except OSError:  # some file systems have no locks, which is no reason not to train
+            pass
         yield
     finally:
         os.close(handle)
@@ -199,11 +200,6 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         return {name: torch.from_numpy(array) for name, array in arrays.items()}, json.loads(state)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged ({error}); remove it and start again") from error
-
-
-def load_state(folder: Path) -> dict[str, Any]:
-    """Return the state of the checkpoint in ``folder``, as :func:`load_checkpoint` does."""
-    return load_checkpoint(folder)[1]
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:

@@ -104,8 +104,13 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     return args
 
 
-def train(args: argparse.Namespace, until_done: contextlib.ExitStack) -> None:
-    """Train as ``args`` say; what ``until_done`` holds is let go of after that."""
+def train(
+        args: argparse.Namespace, until_done: contextlib.ExitStack,
+        resumed: tuple[dict[str, torch.Tensor], dict[str, Any]] | None) -> None:
+    """Train as ``args`` say, from the checkpoint ``resumed`` if it is read already.
+
+    What ``until_done`` holds is let go of after that.
+    """
     keep_freed_memory()
     world, device = join_world(args.device)
     for name in ("holdout", "limit", "eval_every"):
@@ -121,7 +126,8 @@ def train(args: argparse.Namespace, until_done: contextlib.ExitStack) -> None:
     further = "-further" if args.initial_checkpoint else ""  # the folder without it may be that of those weights
     out: Path = args.out or Path("runs") / f"{args.model}-{args.dataset}-{recipe_name}-{args.seed}{further}"
     choose_kernels(args.deterministic)
-    resumed = load_checkpoint(out) if args.resume else None
+    if args.resume and resumed is None:
+        resumed = load_checkpoint(out)
     if recipe.batch_size % world.size:
         raise RunError(f"--batch-size {recipe.batch_size} must be a multiple of the {world.size} processes")
     suit_the_machine(args, world, device, resumed[1]["settings"] if resumed else {})
@@ -366,9 +372,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with told_in_one_line(), contextlib.ExitStack() as until_done:
         until_done.callback(leave_world)
+        resumed = None
         if args.resume and args.out:
-            args = parse_args(argv, saved_arguments(args.out))
-        eval_only(args) if args.eval_only else train(args, until_done)
+            resumed = load_checkpoint(args.out)
+            args = parse_args(argv, saved_arguments(resumed[1]))
+        eval_only(args) if args.eval_only else train(args, until_done, resumed)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from checkpoint import FILE_NAME, load_state
+from checkpoint import FILE_NAME
 from environment import command_line
 from errors import RunError
 
 
-def saved_arguments(out: Path) -> dict[str, Any]:
-    """Return the arguments that the run in ``out`` had, so that resuming it needs no others.
-
-    Raises:
-        RunError: There is no checkpoint, or it is damaged.
-    """
-    state = load_state(out)
+def saved_arguments(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that the run with the checkpoint's ``state`` had, so that resuming it needs no others."""
     settings = state["settings"]
     return {
         **settings, "sync_bn": settings["bn_batch"] == settings["batch_size"], "data_dir": state.get("data_dir"),

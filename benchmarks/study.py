@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from arguments import positive
-from checkpoint import FILE_NAME, load_state
+from checkpoint import FILE_NAME, load_checkpoint
 from cifar import parse_args
 from display import duration
 from environment import hardware, machine, pick_device
@@ -73,7 +73,7 @@ class Run:
         """The fraction of its epochs that an interrupted run has behind it."""
         folder = runs / self.stem
         try:
-            return len(load_state(folder)["epochs"]) / self.epochs if (folder / FILE_NAME).is_file() else 0.0
+            return len(load_checkpoint(folder)[1]["epochs"]) / self.epochs if (folder / FILE_NAME).is_file() else 0.0
         except RunError:  # which the run itself tells when its turn comes
             return 0.0
 

@@ -11,6 +11,8 @@ from timm.layers import BatchNormAct2d, Conv2dSame, SyncBatchNormAct
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .masks import evaluating
+
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # timm's, with an activation, are subclasses
 NORM_FORWARDS = [norm.forward for norm in (*BATCH_NORMS, BatchNormAct2d, SyncBatchNormAct)]  # others compute more
 CONVS = (nn.Conv2d, Conv2dSame)  # by exact type: subclasses may compute their weights
@@ -77,14 +79,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise TypeError(f"model must be an nn.Module, got {model!r} ({type(model).__name__})")
     if not inplace:
         model = copy.deepcopy(model)
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         graph = _trace(model)
-    except ValueError:
-        for module, mode in training:
-            module.training = mode
-        raise
     modules = _foldable_modules(model, graph)
     for node in graph.nodes:
         norm = modules.get(node)
@@ -101,7 +97,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         else:
             continue
         model.set_submodule(node.target, left)
-    model.eval()  # what came in has to be in eval mode too
+    model.eval()  # with what came in
     for parameter in model.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,5 @@
 """timm's model interface for networks of a stem, stages, a norm and a head: what the networks here have in common."""
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,23 @@ class Stage(nn.Module):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
+
+
+def check_stages(**counts: tuple[Sequence[int], int]) -> None:
+    """Check arguments that have an entry for each stage: by name the entries, and the least that each may be.
+
+    Raises:
+        TypeError, ValueError: They are not equally many, there are none, or one is no integer or too small.
+    """
+    *names, last = counts
+    if len({len(entries) for entries, _ in counts.values()}) > 1:
+        raise ValueError(f"{', '.join(names)} and {last} must have one entry per stage, got "
+                         f"{', '.join(str(entries) for entries, _ in counts.values())}")
+    if not counts[last][0]:
+        raise ValueError(f"{names[0]} must have at least one entry, the stages of the network, got none")
+    for name, (entries, least) in counts.items():
+        for i, entry in enumerate(entries):
+            check_int(f"{name}[{i}]", entry, least)
 
 
 class StagedNet(nn.Module):

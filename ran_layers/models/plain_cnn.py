@@ -11,10 +11,10 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from ..layers._args import LayerType, check_device_dtype, check_int, resolve_norm_act
+from ..layers._args import LayerType, check_device_dtype, resolve_norm_act
 from ._cifar import cifar_cfgs
 from ._pretrained import safetensors_only
-from ._timm_interface import Stage, StagedNet
+from ._timm_interface import Stage, StagedNet, check_stages
 
 __all__ = ["PlainCNN"]
 
@@ -53,13 +53,7 @@ class PlainCNN(StagedNet):
         super().__init__(num_classes, in_chans, drop_rate, drop_path_rate)
         dd = check_device_dtype(device, dtype)
         norm_act = resolve_norm_act(norm_layer, act_layer)
-        if len(channels) != len(depths):
-            raise ValueError(f"channels and depths must have one entry per stage, got {channels}, {depths}")
-        if not channels:
-            raise ValueError("channels must have at least one entry, the stages of the network, got none")
-        for name, counts in (("channels", channels), ("depths", depths)):
-            for i, count in enumerate(counts):
-                check_int(f"{name}[{i}]", count, 1)
+        check_stages(channels=(channels, 1), depths=(depths, 1))
         feature_info: list[dict[str, Any]] = []
         in_channels = in_chans
         for i, (out_channels, depth) in enumerate(zip(channels, depths)):

@@ -23,7 +23,7 @@ from ..layers._args import LayerType, check_device_dtype, check_int, check_unit_
 from ..layers.residual_unit import is_preact
 from ._cifar import cifar_cfgs
 from ._pretrained import safetensors_only
-from ._timm_interface import Stage, StagedNet
+from ._timm_interface import Stage, StagedNet, check_stages
 
 __all__ = ["ResidualAttentionNet"]
 
@@ -81,17 +81,12 @@ class ResidualAttentionNet(StagedNet):
         check_int("stem_chs", stem_chs, 1)
         unit_args: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
         norm_act = resolve_norm_act(norm_layer, act_layer)
-        if not len(channels) == len(modules) == len(closing_units) == len(mask_depths):
-            raise ValueError(
-                f"channels, modules, closing_units and mask_depths must have one entry per stage, got {channels}, "
-                f"{modules}, {closing_units}, {mask_depths}")
-        if not channels:
-            raise ValueError("channels must have at least one entry, the stages of the network, got none")
+        check_stages(channels=(channels, 1), modules=(modules, 0), closing_units=(closing_units, 0),
+                     mask_depths=(mask_depths, 1))
         check_unit_layer(unit_layer, ["drop_path", *unit_args])
-        for name, counts, least in (("channels", channels, 1), ("modules", modules, 0),
-                                    ("closing_units", closing_units, 0), ("mask_depths", mask_depths, 1)):
-            for i, count in enumerate(counts):
-                check_int(f"{name}[{i}]", count, least)
+        shared_args = {"unit_layer": unit_layer, **unit_args, **(attention_args or {})}
+        if sum(modules) > 1 and isinstance(shared_args.get("trunk"), nn.Module):
+            raise ValueError(f"attention_args: trunk is one module and cannot be in {sum(modules)} places")
 
         self.stem, reduction = _create_stem(stem_type, in_chans, stem_chs, norm_act, dd)
         self.stem_levels = 1
@@ -105,10 +100,7 @@ class ResidualAttentionNet(StagedNet):
         for i, out_channels in enumerate(channels):
             stride = 1 if i == 0 else 2
             rates = iter(drop_paths[i])
-            module_args = {
-                "mask_depth": mask_depths[i], "unit_layer": unit_layer, **unit_args, **(attention_args or {})}
-            if sum(modules) > 1 and isinstance(module_args.get("trunk"), nn.Module):
-                raise ValueError(f"attention_args: trunk is one module and cannot be in {sum(modules)} places")
+            module_args = {"mask_depth": mask_depths[i], **shared_args}
             # A unit that sets channels and resolution, Attention Modules, closing units.
             self.stages.append(Stage(nn.Sequential(
                 unit_layer(in_channels, out_channels, stride, drop_path=next(rates), **unit_args),
