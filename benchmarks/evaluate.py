@@ -1,5 +1,6 @@
 """Scoring a network on images in memory, counting its cost, and saving and loading it in timm's form."""
 import copy
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,6 +72,8 @@ def export_model(model: Any, out: Path, model_args: dict[str, Any]) -> None:
         RunError: The disk is full, ...
     """
     model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
+    for left in out.glob(".export-*"):  # by a run that was killed here
+        shutil.rmtree(left, ignore_errors=True)
     try:
         with TemporaryDirectory(prefix=".export-", dir=out) as folder:
             # timm writes in place; write_atomic puts the files where they belong.

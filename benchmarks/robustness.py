@@ -23,7 +23,7 @@ import timm
 import torch
 from arguments import positive
 from checkpoint import write_json
-from data import SPECS, read_split
+from data import DATASETS, SPECS, read_split
 from environment import command_line, hardware, pick_device, versions
 from errors import RunError, told_in_one_line
 from evaluate import evaluate
@@ -90,6 +90,9 @@ def measure(name: str, data_dir: str | None, rows: int | None, device: torch.dev
     dataset = next((key for key, spec in SPECS.items() if spec.classes == model.num_classes), None)
     if dataset is None:
         raise RunError(f"--models {name} has {model.num_classes} classes; CIFAR-10 has 10 and CIFAR-100 has 100")
+    tag = model.pretrained_cfg.get("tag")  # cifar.py writes the data set there; others write other things
+    if tag in DATASETS and tag != dataset:
+        raise RunError(f"--models {name} was trained on {tag}, not on {dataset}")
     images, labels, _ = read_split(dataset, "test", data_dir, rows)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=False)
 

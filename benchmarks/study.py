@@ -13,9 +13,11 @@ import argparse
 import json
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,12 +28,16 @@ import torch
 from arguments import positive
 from checkpoint import FILE_NAME, load_checkpoint
 from cifar import parse_args
+from cpu_kernels import kernels_pay, why_no_kernels
 from display import duration
 from environment import hardware, machine, pick_device
 from errors import RunError, told_in_one_line
 from evaluate import count_macs
 from experiments import EXPERIMENTS, TABLES, Experiment
-from study_report import full_epochs, load_results, write_report
+from precision import pick_precision
+from recipes import make_recipe
+from study_report import read_page, write_report
+from study_results import full_epochs, load_result, load_results
 from timm import create_model
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
@@ -81,10 +87,10 @@ class Run:
 def plan(names: Sequence[str], epochs: int | None, seeds: Sequence[int] | None) -> list[Run]:
     """Return the runs of the experiments ``names``, seed by seed, so that comparisons are whole early."""
     depth = max((len(seeds or EXPERIMENTS[name].seeds) for name in names), default=0)
-    return [
+    return list(dict.fromkeys(  # what is asked for twice is run once
         Run(name, epochs or full_epochs(name), (seeds or EXPERIMENTS[name].seeds)[i])
         for i in range(depth) for name in names if i < len(seeds or EXPERIMENTS[name].seeds)
-    ]
+    ))
 
 
 @cache
@@ -93,30 +99,47 @@ def macs_of(model: str, model_kwargs: str) -> int:
     return count_macs(create_model(model, num_classes=10, **json.loads(model_kwargs)))
 
 
+@cache
+def common_precision(device: torch.device) -> str:
+    """Return the precision in which `cifar.py` trains an Attention-56 on ``device``.
+
+    Left to itself it picks another for other networks, on some processors, and runs in two precisions are not compared.
+    """
+    kernels = why_no_kernels(device, "units" if device.type == "cuda" else "off") is None and kernels_pay()
+    return pick_precision(device, create_model("ran_att56_cifar"), kernels)
+
+
 class Clock:
     """Estimates how long a run has to go on this machine, from what finished here, by MACs."""
 
     def __init__(self, results: Path, runs: Path, device: torch.device) -> None:
         self.runs = runs
         self.name = machine(hardware(device))
-        self.speeds: dict[tuple[str, str], float] = {}  # MACs/s by model and recipe
-        for file in (*results.glob("*.json"), *(HERE.parent / "ran_layers" / "weights").glob("*.json")):
+        self.speeds: list[tuple[tuple[Any, ...], float]] = []  # model, recipe and batch size, and MACs/s
+        for groups in load_results(results).values():
+            for group in groups:
+                for result in group.results.values():
+                    self.add(result)
+        for file in (HERE.parent / "ran_layers" / "weights").glob("*.json"):
             self.add(json.loads(file.read_text()))
 
     def add(self, result: dict[str, Any]) -> None:
         """Learn from a finished run, if it was on such a machine."""
         if machine(result["hardware"]) == self.name:
-            self.speeds[result["model"], result["recipe"]] = result["images_per_s"] * result["macs"]
+            key = result["model"], result["recipe"], result["settings"]["batch_size"]
+            self.speeds.append((key, result["images_per_s"] * result["macs"]))
 
     def seconds(self, run: Run, rows: int = 50_000) -> float | None:
-        """Return the estimate, None if nothing finished here yet."""
-        if not self.speeds:
-            return None
-        experiment = run.experiment
-        macs = macs_of(experiment.model, json.dumps(dict(experiment.model_kwargs), sort_keys=True))
-        known = self.speeds.get((experiment.model, experiment.recipe))
-        speed = known or sum(self.speeds.values()) / len(self.speeds)
-        return run.epochs * (1 - run.progress(self.runs)) * rows * macs / speed
+        """Return the estimate from the runs most like ``run``, None if nothing finished here yet."""
+        args = parse_args(run.experiment.arguments())
+        recipe = make_recipe(args.recipe, args.dataset, args.overrides)
+        key = args.model, args.recipe, recipe.batch_size
+        for alike in (3, 2, 0):  # of the model, the recipe and the batch size
+            speeds = [speed for known, speed in self.speeds if known[:alike] == key[:alike]]
+            if speeds:
+                macs = macs_of(args.model, json.dumps(dict(run.experiment.model_kwargs), sort_keys=True))
+                return run.epochs * (1 - run.progress(self.runs)) * rows * macs / statistics.median(speeds)
+        return None
 
 
 def choose(runs: list[Run], clock: Clock, seconds: float | None) -> tuple[list[Run], list[Run]]:
@@ -137,6 +160,8 @@ def choose(runs: list[Run], clock: Clock, seconds: float | None) -> tuple[list[R
 def execute(run: Run, args: argparse.Namespace, deadline: float | None) -> bool:
     """Run ``run`` to its end or to the deadline (a time of ``time.monotonic``); return whether its result is there.
 
+    One that goes on keeps the precision that it began in.
+
     Raises:
         RunError: The training failed.
     """
@@ -152,6 +177,8 @@ def execute(run: Run, args: argparse.Namespace, deadline: float | None) -> bool:
     if not (out / "result.json").is_file():
         if (out / FILE_NAME).is_file():
             command.append("--resume")
+        else:
+            command += ["--precision", args.precision or common_precision(pick_device(args.device))]
         child = subprocess.Popen(command)
         stopped = False
         # As Ctrl-C: the training must not outlive this process.
@@ -171,29 +198,11 @@ def execute(run: Run, args: argparse.Namespace, deadline: float | None) -> bool:
             return False
         if child.returncode:
             raise RunError(f"{run.title} ended with exit code {child.returncode}; see above")
-    check_result(run, out / "result.json")
+    load_result(out / "result.json", run.name, run.epochs, run.seed)
     args.results.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "result.json", run.result(args.results).with_suffix(".tmp"))
     run.result(args.results).with_suffix(".tmp").replace(run.result(args.results))
     return True
-
-
-def check_result(run: Run, file: Path) -> None:
-    """Raise a :class:`RunError` if ``file`` is not the result of ``run``, as where a folder was copied or renamed."""
-    try:
-        result = json.loads(file.read_text())
-        found = [result["model"], result["dataset"], result["recipe"], result["settings"]["epochs"], result["seed"],
-                 result["settings"]["model_kwargs"]]
-        settings = result["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file} is damaged ({error!r}); remove its folder to run {run.title} anew") from error
-    asked = parse_args([*run.experiment.arguments(), "--epochs", str(run.epochs), "--seed", str(run.seed)])
-    expected = [asked.model, asked.dataset, asked.recipe, run.epochs, run.seed, asked.model_kwargs]
-    others = dict(asked.overrides, label_noise=asked.label_noise, limit=asked.limit, holdout=asked.holdout)
-    differing = [name for name, value in json.loads(json.dumps(others)).items() if settings.get(name) != value]
-    if found != expected or differing:
-        raise RunError(f"{file} is of another run than {run.title}"
-                       f"{' (' + differing[0] + ')' if differing else ''}; remove its folder to run that")
 
 
 def list_experiments(args: argparse.Namespace) -> None:
@@ -208,16 +217,26 @@ def list_experiments(args: argparse.Namespace) -> None:
             text = f"{states.count('done')} of {len(runs)} runs of {runs[0].epochs} epochs"
             if "interrupted" in states:
                 text += f", {states.count('interrupted')} interrupted"
+            others = Counter[int]()
             for group in finished.get(row.experiment, ()):
-                if group.epochs != runs[0].epochs:
-                    short = " (short)" if group.epochs < full else ""
-                    text += f"; {len(group.results)} of {group.epochs} epochs{short}"
+                others[group.epochs] += len(group.results)
+            for epochs, there in sorted(others.items()):
+                if epochs != runs[0].epochs:
+                    text += f"; {there} of {epochs} epochs{' (short)' if epochs < full else ''}"
             published = f"  [{row.published.source}: {row.published.error:.2f} %]" if row.published else ""
             print(f"  {row.experiment:<28} {text}{published}")
 
 
 def run_all(names: Sequence[str], args: argparse.Namespace) -> None:
-    """Run what is missing of the experiments ``names``, as far as the budget goes, and rewrite the tables."""
+    """Run what is missing of the experiments ``names``, as far as the budget goes, and rewrite the tables.
+
+    Raises:
+        RunError: Runs failed, which the others do not wait for, or a folder is not to be used, before any run.
+    """
+    if args.results.exists() and not args.results.is_dir():
+        raise RunError(f"--results {args.results} is no folder")
+    if args.docs:
+        read_page(args.docs)
     runs = [run for run in plan(names, args.epochs, args.seeds) if run.state(args.results, args.runs) != "done"]
     clock = Clock(args.results, args.runs, pick_device(args.device))
     seconds = None if args.budget is None else 60 * args.budget
@@ -228,17 +247,29 @@ def run_all(names: Sequence[str], args: argparse.Namespace) -> None:
     if left:
         print(f"{len(left)} of {len(runs)} runs do not fit into {args.budget:g} minutes; the first is {left[0].title}, "
               f"about {duration(clock.seconds(left[0]) or 0)}")
+    failed = []
     try:
         for i, run in enumerate(chosen, 1):
             estimate = clock.seconds(run)
             about = f", about {duration(estimate)}" if estimate else ""
             print(f"[{i}/{len(chosen)}] {run.title}{about}", flush=True)
-            if not execute(run, args, deadline):
-                print(f"stopped in time; {run.title} is saved and goes on next time")
+            try:
+                finished = execute(run, args, deadline)
+            except RunError as error:  # as where an optimiser diverges: the others run all the same
+                print(f"failed: {error}", file=sys.stderr, flush=True)
+                failed.append(run.title)
+                continue
+            if not finished:
+                begun = run.state(args.results, args.runs) == "interrupted"
+                print(f"stopped in time; {run.title} " + ("is saved and goes on next time" if begun else
+                                                          "had not begun to train"))
                 break
             clock.add(json.loads(run.result(args.results).read_text()))
     finally:
-        write_report(args.results, args.docs)
+        if args.docs and any(args.results.glob("*.json")):
+            write_report(args.results, args.docs)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(chosen)} runs failed: {'; '.join(failed)}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -255,11 +286,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the experiments'")
     parser.add_argument("--data-dir", help="Parquet files on disk, as for cifar.py")
     parser.add_argument("--device", help="as for cifar.py")
+    parser.add_argument("--precision", choices=("bf16", "fp32"),
+                        help="of all networks, so that they can be compared (default: that of ran_att56_cifar there)")
     parser.add_argument("--nproc", type=positive, default=1, help="processes of torchrun")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "study", help="folder of the runs (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of the pages (%(default)s)")
+    parser.add_argument("--docs", type=Path, help="folder of results.md, which is written anew (default: docs, if "
+                                                  "--results is the default too; otherwise none)")
     args = parser.parse_args(argv)
+    if args.docs is None and args.results.resolve() == RESULTS:
+        args.docs = HERE.parent / "docs"
     with told_in_one_line():
         unknown = sorted(set(args.run or ()) - set(EXPERIMENTS))
         if unknown:
@@ -269,6 +305,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.list:
             list_experiments(args)
         elif args.report:
+            if args.docs is None:
+                raise RunError("--report needs --docs, the folder of the page, where --results is not the repository's")
             write_report(args.results, args.docs)
         else:
             names = args.run or list(EXPERIMENTS)

@@ -180,7 +180,7 @@ def run_command(argv: list[str], data: Path | None) -> None:
     elif argv[:3] == ["python", "-m", "ran_layers.maps"]:
         from ran_layers.maps import main
         assert main(argv[3:]) == 0, command
-    elif argv[0] == "python" and argv[1].startswith(("benchmarks/", "examples/")):
+    elif argv[0] == "python" and argv[1].startswith(("benchmarks/", "docs/", "examples/")):
         assert (ROOT / argv[1]).is_file(), command  # tests of their own run them
     else:
         pytest.fail(f"no test runs: {command}")
@@ -224,6 +224,16 @@ def run_cifar(args: list[str], data: Path) -> None:
         folder = Path("runs") / f"{run.model}-{run.dataset}-{run.recipe or 'quick'}-{run.seed}{further}"
         shutil.rmtree(folder, ignore_errors=True)
     cifar.main([*args, *ON_CPU, *([] if run.eval_only else ONE_STEP), "--data-dir", str(data)])
+
+
+def test_the_tables_in_the_pages_are_up_to_date():
+    written = subprocess.run(  # in a process of its own: tests register networks with timm
+        [sys.executable, "-c", "import tables\nfor page in tables.pages(): print(page, page.read_text() == "
+                               "tables.with_tables(page))"],
+        cwd=ROOT / "docs", env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.count("True") > 5
+    assert "False" not in written.stdout, f"python docs/tables.py\n{written.stdout}"
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

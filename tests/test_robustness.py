@@ -4,11 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import robustness
+from evaluate import export_model
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +54,12 @@ def test_script(tmp_path, data_dir, capsys):
         robustness.main(["--models", "ran_att56_cifar.mnist", "--data-dir", str(data_dir)])
     assert exit_info.value.code == 2
     assert "error: --models ran_att56_cifar.mnist" in capsys.readouterr().err
+
+
+def test_weights_of_another_data_set_are_refused(tmp_path, capsys):
+    network = timm.create_model("plain_cnn8_cifar", pretrained_cfg_overlay={"tag": "digits"})
+    export_model(network, tmp_path, {})
+    with pytest.raises(SystemExit) as exit_info:
+        robustness.main(["--models", f"local-dir:{tmp_path}"])
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.endswith(" was trained on digits, not on cifar10\n")

@@ -13,12 +13,14 @@ import experiments  # noqa: E402
 import scaling  # noqa: E402
 import study  # noqa: E402
 import study_report  # noqa: E402
+import study_results  # noqa: E402
 import throughput  # noqa: E402
 from checkpoint import CheckpointWriter  # noqa: E402
 from environment import machine  # noqa: E402
 from experiments import EXPERIMENTS, TABLES, Experiment, Row, Table, cite  # noqa: E402
 from recipes import make_recipe  # noqa: E402
-from study_report import BEGIN, END, load_results, write_report  # noqa: E402
+from study_report import write_report  # noqa: E402
+from study_results import load_results  # noqa: E402
 from timm import create_model  # noqa: E402
 
 TINY = dict(model="plain_cnn8_cifar", dataset="digits", recipe="quick", args=("--limit", "64"))
@@ -29,27 +31,31 @@ ROWS = (Row("A", "tiny-a", cite("report", "Plain CNN-8")), Row("B", "tiny-b", ag
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """A study of two experiments, and the arguments that keep it in a folder of its own."""
-    for module in (study, study_report):
+    for module in (study, study_results):
         monkeypatch.setattr(module, "EXPERIMENTS", STUDY)
+    for module in (study, study_report):
         monkeypatch.setattr(module, "TABLES", {"tiny": Table("Tiny", "Two rates.", ROWS)})
     docs = tmp_path / "docs"
     docs.mkdir()
-    (docs / "results.md").write_text(f"# Results\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    (docs / "results.md").write_text("# Results\n\n<!-- begin study -->\nold\n<!-- end study -->\n\nafter\n")
     return [word for name in ("runs", "results", "docs") for word in (f"--{name}", str(tmp_path / name))]
 
 
-def result(error: float, epochs: int = 10, speed: float = 100.0) -> dict:
+def result(error: float, epochs: int = 10, name: str = "tiny-a", seed: int = 0) -> dict:
+    settings = dict(precision="fp32", epochs=epochs, model_kwargs=[], batch_size=32, label_noise=0.0, limit=64,
+                    holdout=0, **({"lr": 0.01} if name == "tiny-b" else {}))
     return dict(
-        model="plain_cnn8_cifar", recipe="quick", settings={"precision": "fp32"}, final={"error": error},
-        versions={"torch": torch.__version__}, processes=1,
-        hardware=study.hardware(torch.device("cpu")), images_per_s=speed, params=2_000_000, macs=1_000_000,
-        epochs=[{}] * epochs, command="python benchmarks/cifar.py --seed 0")
+        model="plain_cnn8_cifar", dataset="digits", recipe="quick", seed=seed, settings=settings,
+        final={"error": error}, versions={"torch": "2.15.0"}, processes=1,
+        hardware=study.hardware(torch.device("cpu")), images_per_s=100.0, params=2_000_000, macs=1_000_000,
+        epochs=[{}] * epochs, command=f"python benchmarks/cifar.py --seed {seed}")
 
 
 def save(folder: Path, name: str, epochs: int, *errors: float) -> None:
     folder.mkdir(exist_ok=True)
     for seed, error in enumerate(errors):
-        (folder / f"{name}-{epochs}ep-seed{seed}.json").write_text(json.dumps(result(error, epochs)))
+        file = folder / f"{name}-{epochs}ep-seed{seed}.json"
+        file.write_text(json.dumps(result(error, epochs, name, seed)))
 
 
 def test_every_experiment_is_a_network_and_a_recipe_that_exist():
@@ -57,7 +63,7 @@ def test_every_experiment_is_a_network_and_a_recipe_that_exist():
     assert used == set(EXPERIMENTS)
     for table in TABLES.values():
         for row in table.rows:
-            assert not row.against or row.against in EXPERIMENTS
+            assert not row.against or row.against in {other.experiment for other in table.rows}
     networks = {}
     for experiment in EXPERIMENTS.values():
         args = experiments_args(experiment)
@@ -69,7 +75,7 @@ def test_every_experiment_is_a_network_and_a_recipe_that_exist():
 
 
 def experiments_args(experiment: Experiment):
-    return study_report.parse_args(experiment.arguments())
+    return study.parse_args(experiment.arguments())
 
 
 def test_trunks_cost_what_their_rows_say():
@@ -106,7 +112,9 @@ def test_only_runs_of_one_kind_of_training_are_compared(tiny, tmp_path):
     changed["settings"]["cpu_kernels"] = True
     other.write_text(json.dumps(changed))
     study.main(["--report", *tiny])
-    assert "| +1.00 ± 0.71 |" in (tmp_path / "docs" / "results.md").read_text()  # seeds 0 and 1
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "| 22.00 ± 2.12 (2 seeds) | +1.00 ± 0.71, too close to call | A |" in page  # seeds 0 and 1
+    assert "| 90.00 (1 seed) | not compared: trained under other conditions | A |" in page
     for seed in (0, 1):
         (results / f"tiny-b-8ep-seed{seed}.json").unlink()
     study.main(["--report", *tiny])
@@ -120,12 +128,14 @@ def test_tables_show_means_spreads_and_short_runs(tiny, tmp_path):
     save(tmp_path / "results", "tiny-b", 3, 45.0)
     study.main(["--report", *tiny])
     page = (tmp_path / "docs" / "results.md").read_text()
-    hardware = f"{machine(result(0)['hardware'])}, {result(0)['settings']['precision']}"
-    assert f"| A | 22.08 (report) | 40.00 (1 seed) |  | 2.00 | 1.0 | **short**: 3 of 8 | {hardware} |" in page
-    assert f"| A | 22.08 (report) | 21.00 ± 1.41 (2 seeds) |  | 2.00 | 1.0 | 8 | {hardware} |" in page
-    assert "| 45.00 (1 seed) | +5.00, spread unknown |" in page
-    assert "| 21.10 ± 0.85 (2 seeds) | +0.10 ± 0.57, within the spread |" in page
-    assert "cifar.py --seed {0 1}" in page
+    hardware = f"{machine(result(0)['hardware'])}, fp32, torch 2.15.0"
+    published = "22.08 (report, Plain CNN-8)"
+    assert f"| A | {published} | 40.00 (1 seed) |  |  | 2.00 | 1.0 | **short**: 3 of 8 | {hardware} |" in page
+    assert f"| A | {published} | 21.00 ± 1.41 (2 seeds) |  |  | 2.00 | 1.0 | 8 | {hardware} |" in page
+    assert "| 45.00 (1 seed) | +5.00, spread unknown | A |" in page
+    assert "| 21.10 ± 0.85 (2 seeds) | +0.10 ± 0.57, too close to call | A |" in page
+    assert "\nfor seed in 0 1; do python benchmarks/cifar.py --seed $seed; done\n" in page
+    assert "\npython benchmarks/cifar.py --seed 0\n" in page
     assert "old" not in page
     assert page.endswith("after\n")
     assert (tmp_path / "docs" / "assets" / "study-tiny.png").read_bytes().startswith(b"\x89PNG")
@@ -148,8 +158,12 @@ def test_budget_picks_what_fits(tiny, tmp_path):
     runs = study.plan(["tiny-a", "tiny-b"], 4, None)
     assert [(run.name, run.seed) for run in runs] == [("tiny-a", 0), ("tiny-b", 0), ("tiny-a", 1), ("tiny-b", 1)]
     seconds = clock.seconds(runs[0])
-    macs = study.macs_of("plain_cnn8_cifar", "{}")
-    assert seconds == pytest.approx(4 * 50_000 * macs / clock.speeds["plain_cnn8_cifar", "quick"])
+    assert seconds == pytest.approx(4 * 50_000 * study.macs_of("plain_cnn8_cifar", "{}") / (100.0 * 1_000_000))
+    # Of several runs the one in the middle counts, and those with other batches only where there are none with these.
+    for images_per_s, batch_size in ((300.0, 32), (20.0, 32), (7.0, 64)):
+        clock.add(dict(result(0), images_per_s=images_per_s, settings={"batch_size": batch_size}))
+    assert clock.seconds(runs[0]) == pytest.approx(seconds)
+    assert study.plan(["tiny-a", "tiny-a"], 4, [0, 0]) == runs[:1]
     chosen, left = study.choose(runs, clock, 2.5 * seconds)
     assert (chosen, left) == (runs[:2], runs[2:])
     assert study.choose(runs, clock, None) == (runs, [])
@@ -177,7 +191,7 @@ def test_runs_what_is_missing_stops_in_time_and_goes_on(tiny, tmp_path, capfd):
 
     # A deadline in the past: the training starts, is told to stop, and what it saved is gone on with.
     args = study.argparse.Namespace(
-        runs=tmp_path / "runs", results=tmp_path / "results", nproc=1, data_dir=None, device=None)
+        runs=tmp_path / "runs", results=tmp_path / "results", nproc=1, data_dir=None, device=None, precision="fp32")
     run = study.Run("tiny-b", 1, 3)
     (tmp_path / "runs" / run.stem).mkdir(parents=True)
     assert not study.execute(run, args, study.time.monotonic())
@@ -214,8 +228,7 @@ def test_a_result_of_another_run_is_not_taken(tiny, tmp_path, capsys):
     run = study.Run("tiny-b", 1, 3)
     folder = tmp_path / "runs" / run.stem
     folder.mkdir(parents=True)
-    own = dict(result(20.0), dataset="digits", seed=3)
-    own["settings"].update(epochs=1, model_kwargs=[], lr=0.01, label_noise=0.0, limit=64, holdout=0)
+    own = result(20.0, 1, "tiny-b", 3)
     for other, message in (
             ({"model": "plain_cnn8_cifar"}, "is damaged"),
             (dict(own, seed=4), "is of another run than tiny-b, seed 3, 1 epochs;"),
@@ -230,6 +243,89 @@ def test_a_result_of_another_run_is_not_taken(tiny, tmp_path, capsys):
     (folder / "result.json").write_text(json.dumps(own))
     study.main(["--run", "tiny-b", "--epochs", "1", "--seeds", "3", *tiny])
     assert (tmp_path / "results" / f"{run.stem}.json").is_file()
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("tiny-a-8ep-seed1.json", "{", "is damaged"),
+    ("tiny-a-8ep-seed1.json", "null", "is damaged"),
+    ("tiny-a-8ep-seed1.json", json.dumps(result(20.0, 8, "tiny-a", 0)), "is of another run than tiny-a, seed 1, 8 ep"),
+    ("tiny-a-60ep-seed0.json", json.dumps(result(20.0, 8, "tiny-a", 0)), "is of another run than tiny-a, seed 0, 60"),
+    ("tiny-a-8ep-seed0 (1).json", "{}", "is no result of an experiment of the study"),
+    ("tiny-c-8ep-seed0.json", "{}", "is no result of an experiment of the study"),
+])
+@pytest.mark.parametrize("action", [["--list"], ["--report"], ["--run", "tiny-b"]], ids=lambda action: action[0])
+def test_damaged_and_foreign_results_are_named(tiny, tmp_path, capsys, action, name, text, message):
+    save(tmp_path / "results", "tiny-a", 8, 20.0)
+    (tmp_path / "results" / name).write_text(text)
+    with pytest.raises(SystemExit) as exit_info:
+        study.main([*action, *tiny])
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'results' / name} {message}")
+    assert error.count("\n") == 1
+    assert "old" in (tmp_path / "docs" / "results.md").read_text()
+
+
+def test_a_run_that_fails_does_not_hold_up_the_others(tiny, tmp_path, capsys, monkeypatch):
+    def execute(run, args, deadline):
+        if run.name == "tiny-a":
+            raise study.RunError(f"{run.title} ended with exit code 2; see above")
+        save(args.results, run.name, run.epochs, 30.0)
+        return True
+
+    monkeypatch.setattr(study, "execute", execute)
+    with pytest.raises(SystemExit) as exit_info:
+        study.main(["--run", "tiny-a", "tiny-b", "--epochs", "8", "--seeds", "0", *tiny])
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == (
+        "failed: tiny-a, seed 0, 8 epochs ended with exit code 2; see above\n"
+        "error: 1 of 2 runs failed: tiny-a, seed 0, 8 epochs\n")
+    assert "| B |  | 30.00 (1 seed) |" in (tmp_path / "docs" / "results.md").read_text()
+
+
+def test_all_rows_are_trained_in_one_precision(tiny, tmp_path, monkeypatch):
+    commands = []
+
+    class Training:
+        returncode = 1
+
+        def __init__(self, command):
+            commands.append(command)
+
+        def wait(self, timeout=None):
+            return 1
+
+    monkeypatch.setattr(study.subprocess, "Popen", Training)
+    monkeypatch.setattr(study, "common_precision", lambda device: "bf16")
+    for wanted in ([], ["--precision", "fp32"]):
+        with pytest.raises(SystemExit):
+            study.main(["--run", "tiny-a", "--epochs", "1", "--seeds", "0", *wanted, *tiny])
+    folder = tmp_path / "runs" / study.Run("tiny-a", 1, 0).stem
+    folder.mkdir(parents=True)
+    with CheckpointWriter(folder) as writer:
+        writer.save({}, {"epochs": []})
+    with pytest.raises(SystemExit):  # goes on in the precision that its checkpoint has
+        study.main(["--run", "tiny-a", "--epochs", "1", "--seeds", "0", *tiny])
+    assert [command[-2:] for command in commands] == [
+        ["--precision", "bf16"], ["--precision", "fp32"], [str(folder), "--resume"]]
+
+
+def test_the_page_of_the_repository_is_not_overwritten_from_other_results(tiny, tmp_path, capsys, monkeypatch):
+    repository = tmp_path / "docs" / "results.md"
+    before = repository.read_text()
+    monkeypatch.setattr(study, "execute", lambda run, args, deadline: pytest.fail("the folder is checked first"))
+    for args, message in (
+            (["--report", "--results", str(tmp_path / "typo")], "error: --report needs --docs"),
+            (["--report", "--results", str(tmp_path / "typo"), "--docs", str(tmp_path / "docs")],
+             f"error: there are no results in {tmp_path / 'typo'}"),
+            (["--run", "tiny-a", "--docs", str(tmp_path / "typo")], "error: --docs must be a folder with results.md"),
+            (["--run", "tiny-a", "--results", str(repository), "--docs", str(tmp_path / "docs")],
+             f"error: --results {repository} is no folder")):
+        with pytest.raises(SystemExit) as exit_info:
+            study.main(args)
+        assert exit_info.value.code == 2
+        assert capsys.readouterr().err.startswith(message)
+    assert repository.read_text() == before
 
 
 def test_page_without_the_marks(tiny, tmp_path, capsys):

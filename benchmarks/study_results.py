@@ -1,0 +1,100 @@
+"""The finished runs of the study: what `cifar.py` left of each, checked, and grouped by how it was trained."""
+import json
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cifar import parse_args
+from errors import RunError
+from experiments import EXPERIMENTS
+from recipes import make_recipe
+
+FILE = re.compile(r"(?P<name>.+)-(?P<epochs>\d+)ep-seed(?P<seed>\d+)\.json")
+
+
+class Finished(NamedTuple):
+    """Runs of an experiment at one number of epochs, trained under the same conditions: a result for each seed."""
+
+    epochs: int
+    results: dict[int, dict[str, Any]]
+
+    @property
+    def conditions(self) -> tuple[Any, ...]:
+        return conditions(next(iter(self.results.values())))
+
+    @property
+    def errors(self) -> list[float]:
+        return [result["final"]["error"] for result in self.results.values()]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.errors)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over the seeds; None for one."""
+        return statistics.stdev(self.errors) if len(self.errors) > 1 else None
+
+
+def load_results(folder: Path) -> dict[str, list[Finished]]:
+    """Return what is finished of each experiment, fewest epochs first.
+
+    Raises:
+        RunError: A file there is damaged, or not the result that its name says.
+    """
+    found: dict[str, dict[tuple[Any, ...], dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
+    for file in sorted(folder.glob("*.json")):
+        match = FILE.fullmatch(file.name)
+        if match is None or match["name"] not in EXPERIMENTS:
+            raise RunError(f"{file} is no result of an experiment of the study; keep it elsewhere")
+        name, epochs, seed = match["name"], int(match["epochs"]), int(match["seed"])
+        result = load_result(file, name, epochs, seed)
+        found[name][epochs, conditions(result)][seed] = result
+    return {
+        name: sorted((Finished(epochs, results) for (epochs, _), results in groups.items()),
+                     key=lambda group: (group.epochs, min(group.results)))
+        for name, groups in found.items()}
+
+
+def load_result(file: Path, name: str, epochs: int, seed: int) -> dict[str, Any]:
+    """Return the result of the experiment ``name`` from ``file``.
+
+    Raises:
+        RunError: The file is damaged, or of another run, as where it was copied or renamed.
+    """
+    run = f"{name}, seed {seed}, {epochs} epochs"
+    try:
+        result = json.loads(file.read_text())
+        settings = result["settings"]
+        found = [result["model"], result["dataset"], result["recipe"], settings["epochs"], result["seed"],
+                 settings["model_kwargs"]]
+        conditions(result)
+        float(result["final"]["error"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} is damaged ({error!r}); remove it to run {run} anew") from error
+    asked = parse_args([*EXPERIMENTS[name].arguments(), "--epochs", str(epochs), "--seed", str(seed)])
+    expected = [asked.model, asked.dataset, asked.recipe, epochs, seed, asked.model_kwargs]
+    others = dict(asked.overrides, label_noise=asked.label_noise, limit=asked.limit, holdout=asked.holdout)
+    differing = [key for key, value in json.loads(json.dumps(others)).items() if settings.get(key) != value]
+    if found != expected or differing:
+        raise RunError(f"{file} is of another run than {run}{f' ({differing[0]})' if differing else ''}; remove it, or "
+                       "the folder that it is in, to run that")
+    return result
+
+
+def conditions(result: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a run was trained with, which two runs must share to be compared.
+
+    Two processors differ by rounding, as two orders of the same sums on one do: not more than the seeds differ.
+    """
+    settings = result["settings"]
+    return (result["hardware"]["device"], result["versions"]["torch"], result["processes"], settings["precision"],
+            settings.get("cpu_kernels", False))
+
+
+def full_epochs(name: str) -> int:
+    """Epochs of an experiment in its full form."""
+    args = parse_args(EXPERIMENTS[name].arguments())
+    return make_recipe(args.recipe, args.dataset, args.overrides).epochs
