@@ -54,15 +54,17 @@ def write_report(results: Path, docs: Path) -> None:
 
 def section(key: str, table: Table, finished: dict[str, list[Finished]]) -> str:
     """Return a table of the study in Markdown, with its plot and the commands that made it."""
+    begun = any(row.experiment in finished for row in table.rows)
     head = ("", "published, %", "ours, %", "difference", "to", "M parameters", "MMACs", "epochs", "trained on")
-    lines = [f"| {' | '.join(head)} |", "| --- | --: | --: | --: | --- | --: | --: | --: | --- |"]
-    lines += [f"| {' | '.join(cells)} |" for row in table.rows for cells in cells_of(row, table, finished)]
+    rule = ("---", "--:", "--:", "--:", "---", "--:", "--:", "--:", "---")
+    rows = [head, rule, *(cells for row in table.rows for cells in cells_of(row, table, finished))]
+    lines = [f"| {' | '.join(cells if begun else cells[:2])} |" for cells in rows]
     parts = [f"### {table.title}", table.text, "\n".join(lines)]
     if comparable(table, finished):
         published = any(row.published for row in table.rows if row.experiment in finished)
         parts.append(f"![{table.title}: our test errors{', and those published' if published else ''}]"
                      f"(assets/study-{key}.png)")
-    if any(row.experiment in finished for row in table.rows):
+    if begun:
         commands = [f"# {row.label}\n{command(group.results)}"
                     for row in table.rows for group in finished.get(row.experiment, ())]
         parts.append("```text\n" + "\n".join(dict.fromkeys(commands)) + "\n```")

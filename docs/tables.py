@@ -128,8 +128,8 @@ def _corruptions(robustness: dict[str, Any] | None) -> str:
     head = ("error, %", "clean", *names, "mean")
     return (table(head, "l" + "r" * (len(head) - 1), rows)
             + f"\n\nTest images corrupted at three strengths, with the parameters of severities 1, 3 and 5 of "
-              f"CIFAR-10-C: `{robustness['command']}`. In float32 and with fused networks, so that a few of the clean "
-              "ones too are answered otherwise than in the test errors above.")
+              f"CIFAR-10-C: `{robustness['command']}`. In float32 and with fused networks, so the clean column "
+              "differs slightly from the test errors above.")
 
 
 def time_to_accuracy() -> str:
@@ -153,7 +153,8 @@ def time_to_accuracy() -> str:
 
 def published() -> str:
     """The figures of the report, the paper and other implementations."""
-    rows = [(row.source, row.network, row.dataset, row.variant, f"{row.error:.2f}") for row in PUBLISHED]
+    rows = [(f"[{row.source}]({row.url})" if row.url else row.source, row.network, row.dataset, row.variant,
+             f"{row.error:.2f}") for row in PUBLISHED]
     return table(("source", "network", "data set", "variant", "error, %"), "llllr", rows)
 
 

@@ -7,14 +7,22 @@ from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """One published figure: the top-1 error in percent, single model, on the test set of ``dataset``."""
+    """One published figure: the top-1 error in percent, single model, on the test set of ``dataset``.
+
+    ``url`` says where, if not in the paper or the report.
+    """
 
     source: str
     network: str
     dataset: str
     error: float
     variant: str = ""
+    url: str = ""
 
+
+_TENG = "https://github.com/tengshaofeng/ResidualAttentionNetwork-pytorch"
+_PISTONY = "https://github.com/PistonY/ResidualAttentionNetwork"
+_WEIAICUNZAI = "https://github.com/weiaicunzai/pytorch-cifar100"
 
 PUBLISHED = (
     Published("report", "Attention-56", "cifar10", 14.43),
@@ -41,11 +49,11 @@ PUBLISHED = (
     Published("paper", "Attention-56", "cifar10", 6.48, "local convolutions as mask"),
     Published("paper", "Attention-56", "imagenet-1k", 21.76),
     Published("paper", "AttentionNeXt-56", "imagenet-1k", 21.2),
-    Published("other implementations", "Attention-92", "cifar10", 3.16, "wide, mixup, 320 epochs, PyTorch"),
-    Published("other implementations", "Attention-92", "cifar10", 2.86, "wide, mixup, cutout, cosine"),
-    Published("other implementations", "Attention-452", "cifar10", 2.43, "mixup, cutout, cosine"),
-    Published("other implementations", "Attention-56", "cifar100", 33.75, "PyTorch"),
-    Published("other implementations", "Attention-92", "cifar100", 36.52, "PyTorch"),
+    Published("other implementations", "Attention-92", "cifar10", 3.16, "wide, mixup, 320 epochs, PyTorch", _TENG),
+    Published("other implementations", "Attention-92", "cifar10", 2.86, "wide, mixup, cutout, cosine", _PISTONY),
+    Published("other implementations", "Attention-452", "cifar10", 2.43, "mixup, cutout, cosine", _PISTONY),
+    Published("other implementations", "Attention-56", "cifar100", 33.75, "PyTorch, 55.7 M parameters", _WEIAICUNZAI),
+    Published("other implementations", "Attention-92", "cifar100", 36.52, "PyTorch, 102.5 M parameters", _WEIAICUNZAI),
 )
 
 # Label noise (paper, section 4.1): share of the CIFAR-10 training labels corrupted -> error in percent.
