@@ -32,9 +32,10 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    # Publishing is imported when it is asked for: most users only build networks.
-    if name == "push_to_hub":
-        from .hub import push_to_hub
-        return push_to_hub
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # to a type checker, it would make every name one of this package
+    def __getattr__(name: str) -> Any:
+        # Publishing is imported when it is asked for: most users only build networks.
+        if name == "push_to_hub":
+            from .hub import push_to_hub
+            return push_to_hub
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 import copy
 import inspect
 from collections import Counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.fx
@@ -16,6 +16,7 @@ from .masks import evaluating
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # timm's, with an activation, are subclasses
 NORM_FORWARDS = [norm.forward for norm in (*BATCH_NORMS, BatchNormAct2d, SyncBatchNormAct)]  # others compute more
 CONVS = (nn.Conv2d, Conv2dSame)  # by exact type: subclasses may compute their weights
+Network = TypeVar("Network", bound=nn.Module)
 REACH = torch.finfo(torch.float16).max  # no feature map goes further, whatever it is cast to
 
 
@@ -42,7 +43,7 @@ class ClampAct(nn.Module):
         return torch.clamp(x, self.low, self.high)
 
 
-def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def fuse(model: Network, *, inplace: bool = False) -> Network:
     """Return ``model`` for inference: in eval mode, BN folded into convolutions, weights in channels-last order.
 
     Two foldings, both exact up to rounding:
@@ -55,7 +56,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     CPU (``benchmarks/fuse.py``): the convolutions need no reordering of their inputs, and the clamp is one vectorised
     pass. Images may come in either order. Any network that ``torch.fx`` can trace will do; what does not fit one of
     the two patterns stays as it is, and so does what is called twice, has two names or lends its weights to something
-    else. The result cannot be trained any further. Fuse in float32, then cast.
+    else. The result cannot be trained any further, and answers for ``forward`` with its default arguments, and for
+    timm's interface where that runs the same layers. Fuse in float32, then cast.
 
     Args:
         model: The network; its normalisations must have running statistics to be folded.
@@ -82,6 +84,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     with evaluating(model):
         graph = _trace(model)
     modules = _foldable_modules(model, graph)
+    levels = _feature_levels(model)
     for node in graph.nodes:
         norm = modules.get(node)
         if not isinstance(norm, BATCH_NORMS) or type(norm).forward not in NORM_FORWARDS or norm.running_mean is None:
@@ -90,7 +93,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         before = modules.get(source) if len(source.users) == 1 else None
         after: list[Any] = [modules.get(user) for user in node.users]
         act = getattr(norm, "act", None)  # timm's BN with an activation
-        if type(before) in CONVS:
+        if type(before) in CONVS and source.target not in levels:
             left = _fold_into_previous(before, norm)
         elif type(act) is nn.ReLU and after and all(map(_is_pointwise, after)):
             left = _fold_into_next(norm, after)
@@ -151,7 +154,14 @@ class _Tracer(torch.fx.Tracer):
         return isinstance(module, (*get_notrace_modules(), *CONVS)) or super().is_leaf_module(module, name)
 
 
+def _feature_levels(model: nn.Module) -> set[str]:
+    """Return the names of the modules whose outputs a timm model gives as feature maps, and which are to stay."""
+    info: Any = getattr(model, "feature_info", None) or []
+    return set(info.module_name() if hasattr(info, "module_name") else (level["module"] for level in info))
+
+
 def _trace(model: nn.Module) -> torch.fx.Graph:
+    before = [(module, dict(vars(module))) for module in model.modules()]
     set_grad_checkpointing = getattr(model, "set_grad_checkpointing", None)
     if callable(set_grad_checkpointing):  # of no use in inference, and in the way of tracing
         set_grad_checkpointing(False)
@@ -161,6 +171,9 @@ def _trace(model: nn.Module) -> torch.fx.Graph:
                     if parameter.default is not parameter.empty}
         return _Tracer().trace(model, concrete_args=defaults or None)
     except Exception as error:  # a forward pass with control flow fails in many ways
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
         raise ValueError(f"model must have a forward pass that torch.fx can trace; {type(model).__name__} has not: "
                          f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 

@@ -4,7 +4,9 @@
 `Going deeper with Image Transformers` (LayerScale, the form of the gate) - https://arxiv.org/abs/2103.17239
 """
 import difflib
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +51,8 @@ class InsertedAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.nhwc:
             x = x.permute(0, 3, 1, 2)
-        x = x + self.gamma.view(-1, 1, 1) * (self.attention(x) - x)
+        # Under autocast the module may answer in another type, and the maps are to keep theirs.
+        x = x + (self.gamma.view(-1, 1, 1) * (self.attention(x) - x)).to(x.dtype)
         return x.permute(0, 2, 3, 1) if self.nhwc else x
 
     def extra_repr(self) -> str:
@@ -131,6 +134,7 @@ def insert_attention(
         if not isinstance(host, nn.Sequential):  # a Sequential runs its children by itself
             module.hook = host.register_forward_hook(_attend)
         host.add_module(CHILD, module)
+    _forget_compiled_graphs()
     return list(inserted)
 
 
@@ -154,7 +158,14 @@ def remove_attention(model: nn.Module) -> list[str]:
         if hook is not None:
             hook.remove()
         delattr(host, CHILD)
+    _forget_compiled_graphs()
     return list(hosts)
+
+
+def _forget_compiled_graphs() -> None:
+    """Have torch.compile begin anew, if it was in use: its graphs take no notice of hooks that come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _attend(host: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -230,7 +241,7 @@ def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Ten
 
     hooks = [host.register_forward_hook(record(name)) for name, host in hosts.items()]
     try:
-        with evaluating(model):
+        with evaluating(model), _without_autocast(example_input.device.type):
             model(example_input)
     except Exception as error:
         raise ValueError(
@@ -253,6 +264,11 @@ def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Ten
                 f"(batch, height, width, channels), it returns {got}")
         maps[name] = found[0]
     return maps
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """In it, maps are of the type of the parameters, and so will be the parameters of what is inserted."""
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 def _run_wide(

@@ -39,7 +39,7 @@ def count(model: nn.Module, kind: type[nn.Module]) -> int:
 # network, side of its input, BN before and after, clamps after
 @pytest.mark.parametrize(("name", "size", "before", "after", "clamps"), [
     ("ran_att56_cifar", 32, 106, 1, 36),
-    ("ran_att56_cifar_orig", 24, 106, 1, 35),
+    ("ran_att56_cifar_orig", 24, 106, 1, 36),
     ("plain_cnn8_cifar", 32, 7, 0, 0),
     ("resnet18", 32, 20, 0, 0),
     ("efficientnet_lite0", 32, 49, 0, 0),
@@ -54,6 +54,8 @@ def test_outputs_stay_and_norms_go(name: str, size: int, before: int, after: int
         assert (fused(images) - expected).abs().max() < 1e-4
         assert (fused(images.to(memory_format=torch.channels_last)) - expected).abs().max() < 1e-4
         assert (fused.forward_features(images) - model.forward_features(images)).abs().max() < 1e-4
+        levels = [network.forward_intermediates(images, intermediates_only=True) for network in (fused, model)]
+        assert max((level - wanted).abs().max() / wanted.abs().max() for level, wanted in zip(*levels)) < 1e-4
     assert (count(model, nn.BatchNorm2d), count(fused, nn.BatchNorm2d), count(fused, ClampAct)) == (
         before, after, clamps)
     assert type(fused) is type(model)
@@ -177,6 +179,15 @@ def test_errors_say_what_is_wrong() -> None:
         with pytest.raises(ValueError, match=r"forward pass that torch.fx can trace; Sequential has not"):
             ran_layers.fuse(model, inplace=inplace)
         assert [module.training for module in model.modules()] == [True, True, False]
+    class Checkpointed(Untraceable):
+        recompute = True
+
+        def set_grad_checkpointing(self, enable: bool) -> None:
+            self.recompute = enable
+
+    with pytest.raises(ValueError, match="Checkpointed has not"):
+        ran_layers.fuse(model := Checkpointed(), inplace=True)
+    assert model.recompute
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got 'resnet18'"):
         ran_layers.fuse("resnet18")
 

@@ -2,6 +2,7 @@
 import functools
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -194,6 +195,22 @@ def test_layer_arguments_that_are_not_looked_up(tmp_path):
         edit(tmp_path / "config.json", lambda config, name=name: config.update(act_layer={"class": name}))
         with pytest.raises(ValueError, match="is not looked up"):
             AttentionModule.from_pretrained(tmp_path, trunk=nn.Identity())
+
+
+class OwnSignature(AttentionModule):
+    def __init__(self, dim, **kwargs):
+        super().__init__(dim, **kwargs)
+
+
+def test_layers_of_numpys_numbers_and_of_ones_own_class(tmp_path):
+    saved = AttentionModule(np.int64(8), mask_depth=np.int32(2), drop_path=np.float32(0.25))
+    saved.save_pretrained(tmp_path / "numbers")
+    loaded = AttentionModule.from_pretrained(tmp_path / "numbers")
+    assert (loaded.mask_depth, loaded.trunk[0].drop_path.drop_prob) == (2, 0.25)
+    OwnSignature(8).save_pretrained(tmp_path / "own")
+    assert OwnSignature.from_pretrained(tmp_path / "own").channels == 8
+    with pytest.raises(HubError, match=r"config.json with the arguments of AttentionModule \(missing .* 'channels'"):
+        AttentionModule.from_pretrained(tmp_path / "own")
 
 
 def test_layer_folders_that_are_refused(tmp_path):

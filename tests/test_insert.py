@@ -324,3 +324,27 @@ def test_a_width_is_not_taken_for_the_channels(conv, shape):
     module = net[0].inserted_attention
     assert not module.nhwc
     assert module.gamma.shape == (conv.out_channels,)
+
+
+def test_a_compiled_network_takes_notice() -> None:
+    model, x = with_size("resnet18", 64).eval(), torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        before = compiled(x)
+    insert_attention(model, ["layer1.0"])  # no Sequential: its module is run by a hook
+    compiled(x).sum().backward()
+    assert model.layer1[0].inserted_attention.gamma.grad is not None
+    remove_attention(model)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), before)
+
+
+def test_autocast_changes_neither_outputs_nor_parameters() -> None:
+    model, x = randomize_norms(timm.create_model("ran_att56_cifar")).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        insert_attention(model, ["stages.3.blocks.0"])
+        inserted = model.stages[3].blocks[0].inserted_attention
+        assert inserted(torch.randn(2, 512, 2, 2).bfloat16()).dtype is torch.bfloat16
+        assert torch.equal(model(x), before)
+    assert {parameter.dtype for parameter in inserted.parameters()} == {torch.float32}

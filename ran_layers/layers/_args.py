@@ -1,7 +1,9 @@
 """Argument checks shared by the layers: one clear error that names the argument, what came and what is allowed."""
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -60,9 +62,15 @@ def check_unit_layer(value: Any, arguments: Iterable[str]) -> Any:
 
     Raises:
         TypeError: It is no layer class, or one that lacks an argument, which the message names.
+        ValueError: It is a partial of one with an argument of its own that it would be called with all the same.
     """
     if not _makes_modules(value):
         raise TypeError(f"unit_layer must be a layer class, got {value!r} ({type(value).__name__})")
+    arguments = list(arguments)
+    bound = [name for name in arguments if isinstance(value, functools.partial) and name in value.keywords]
+    if bound:
+        raise ValueError(f"unit_layer must not bind {', '.join(bound)}, which the units are given anew; "
+                         f"pass {bound[0]}= beside it")
     try:
         signature = inspect.signature(value)
     except (TypeError, ValueError):  # not written in Python: what it takes shows when it is called
@@ -106,13 +114,17 @@ def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..
     Raises:
         TypeError: an argument is neither a name nor a layer class.
         ValueError: timm has no normalisation with an activation of that name or class; from the constructor, it does
-            not take so many channels, or a device and a dtype.
+            not take so many channels, or a device and a dtype, or has no activation, or takes channels last.
     """
     for name, value in (("norm_layer", norm_layer), ("act_layer", act_layer)):
         if not (isinstance(value, str) or _makes_modules(value)):
             raise TypeError(f"{name} must be a layer's timm name or class, got {value!r} ({type(value).__name__})")
+    if isinstance(norm_layer, functools.partial) and norm_layer.args:
+        raise ValueError(f"norm_layer must be a partial with arguments by name, which timm keeps, got {norm_layer!r}")
     try:
-        create_act_layer(act_layer)  # timm looks a name up only when the fused layer is built
+        # timm looks a name up only when the fused layer is built, and takes "" for none at all.
+        if create_act_layer(act_layer) is None:
+            raise KeyError(act_layer)
         layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
     except (AssertionError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
@@ -125,11 +137,19 @@ def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..
 
     def construct(channels: int, **kwargs: Any) -> nn.Module:
         try:
-            # timm makes the activation without device and dtype, and some have parameters.
-            return layer(channels, **kwargs).to(kwargs.get("device"), kwargs.get("dtype"))
+            made = layer(channels, **kwargs)
         except (AssertionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"norm_layer must take {channels} channels and the arguments {', '.join(kwargs)}, "
                 f"{norm_layer!r} does not ({str(error) or type(error).__name__})") from error
+        if isinstance(norm_layer, FunctionType) and not hasattr(made, "act"):
+            raise ValueError(f"norm_layer must, as a function, return a normalisation with its activation as .act, "
+                             f"as timm has it; {norm_layer.__name__} returns {type(made).__name__}")
+        if type(made).__name__.removesuffix("Fp32") in ("LayerNormAct", "RmsNormAct"):
+            raise ValueError(f"norm_layer must take maps (batch, channels, height, width), as 'layernorm2d' does; "
+                             f"{norm_layer!r} takes channels last")
+        dd = {name: kwargs[name] for name in ("device", "dtype") if kwargs.get(name) is not None}
+        # timm makes the activation without them, and some have parameters.
+        return made.to(**dd) if dd else made
 
     return construct

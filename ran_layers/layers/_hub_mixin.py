@@ -1,7 +1,9 @@
 """Save a single layer to a folder or the Hugging Face Hub and load it again, layer classes among its arguments too."""
 import functools
 import importlib
+import inspect
 import json
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +85,11 @@ class HubMixin(PyTorchModelHubMixin):
         for gone in ("proxies", "resume_download"):  # huggingface_hub below 1.0 hands these over too
             model_kwargs.pop(gone, None)
         arguments = {name: decode(name, value) for name, value in model_kwargs.items()}
-        if "channels" not in arguments:
-            raise HubError(f"{model_id} has no config.json with the arguments of {cls.__name__}")
+        try:
+            inspect.signature(cls.__init__).bind(None, **arguments)
+        except TypeError as error:
+            raise HubError(
+                f"{model_id} has no config.json with the arguments of {cls.__name__} ({error})") from None
         model: Any = cls(**arguments)
         try:
             safetensors.torch.load_model(model, str(weights), strict=strict, device=map_location)
@@ -95,6 +100,8 @@ class HubMixin(PyTorchModelHubMixin):
 
 def encode(value: Any) -> Any:
     """Return an argument in a form that JSON can hold; :func:`decode` reads it."""
+    if isinstance(value, Real) and not isinstance(value, bool):  # numpy's numbers too, which JSON does not know
+        return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, functools.partial):

@@ -8,7 +8,9 @@ from timm.layers import ClassifierHead
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 
-from ..layers._args import check_fraction, check_int
+from ..layers._args import check_choice, check_fraction, check_int
+
+POOLINGS = ("avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
 
 
 class Stage(nn.Module):
@@ -29,8 +31,13 @@ def check_stages(**counts: tuple[Sequence[int], int]) -> None:
     """Check arguments that have an entry for each stage: by name the entries, and the least that each may be.
 
     Raises:
-        TypeError, ValueError: They are not equally many, there are none, or one is no integer or too small.
+        TypeError, ValueError: One is no sequence, they are not equally many, there are none, or an entry is no integer
+            or too small.
     """
+    for name, (entries, _) in counts.items():
+        if not isinstance(entries, Sequence) or isinstance(entries, str):
+            raise TypeError(f"{name} must be a sequence with an int for each stage, got {entries!r} "
+                            f"({type(entries).__name__})")
     *names, last = counts
     if len({len(entries) for entries, _ in counts.values()}) > 1:
         raise ValueError(f"{', '.join(names)} and {last} must have one entry per stage, got "
@@ -71,6 +78,7 @@ class StagedNet(nn.Module):
         """Put the classifier behind the last of the feature levels, which ``feature_info`` describes in timm's form."""
         self.feature_info = feature_info
         self.num_features: int = feature_info[-1]["num_chs"]
+        check_choice("global_pool", global_pool, POOLINGS)
         self.head = ClassifierHead(
             self.num_features, self.num_classes, pool_type=global_pool, drop_rate=self.drop_rate, **dd)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
@@ -88,7 +96,10 @@ class StagedNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one of ``num_classes`` (0 for none), and the pooling if given."""
-        self.num_classes = check_int("num_classes", num_classes, 0)
+        check_int("num_classes", num_classes, 0)
+        if global_pool is not None:
+            check_choice("global_pool", global_pool, POOLINGS)
+        self.num_classes = num_classes
         self.head.in_features = self.num_features  # fewer than at first if stages were pruned
         self.head.reset(num_classes, global_pool)
         self.head.to(next(self.parameters()))  # its device and dtype

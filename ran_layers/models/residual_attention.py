@@ -9,7 +9,7 @@ Three families share one network class:
 - ``ran_att*_cifar``: the CIFAR networks of a student report on the paper, a quarter of the ImageNet widths behind a
   stem of stride 2, which makes them the fastest to train.
 """
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,8 +42,8 @@ class ResidualAttentionNet(StagedNet):
         stem_chs: Channels of the stem's convolution.
         stem_type: ``'7x7'`` (stride 2, BN, ReLU, max-pooling of stride 2), ``'3x3s2'`` or ``'3x3'`` (one convolution).
         unit_layer: The basic unit.
-        attention_args: Arguments of every :class:`~ran_layers.AttentionModule`, in place of the network's (``t``,
-            ``r``, ``p``, ``mask``, ``learning``, ``mask_act``, ...).
+        attention_args: Arguments of every :class:`~ran_layers.AttentionModule`, each in place of the network's own
+            (``t``, ``r``, ``p``, ``mask``, ``learning``, ``mask_act``, ...).
         num_classes: Number of classes; 0 for none.
         in_chans: Channels of the input image.
         global_pool: timm's pooling name; '' for none.
@@ -84,7 +84,7 @@ class ResidualAttentionNet(StagedNet):
         check_stages(channels=(channels, 1), modules=(modules, 0), closing_units=(closing_units, 0),
                      mask_depths=(mask_depths, 1))
         check_unit_layer(unit_layer, ["drop_path", *unit_args])
-        shared_args = {"unit_layer": unit_layer, **unit_args, **(attention_args or {})}
+        shared_args = {"unit_layer": unit_layer, **unit_args, **_check_attention_args(attention_args)}
         if sum(modules) > 1 and isinstance(shared_args.get("trunk"), nn.Module):
             raise ValueError(f"attention_args: trunk is one module and cannot be in {sum(modules)} places")
 
@@ -137,6 +137,15 @@ class ResidualAttentionNet(StagedNet):
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else fine)
 
 
+def _check_attention_args(value: Any) -> dict[str, Any]:
+    """Return the arguments of the Attention Modules as a dictionary."""
+    if not isinstance(value, Mapping | None):
+        raise TypeError(f"attention_args must be a dictionary or None, got {value!r} ({type(value).__name__})")
+    if value and "channels" in value:
+        raise ValueError("attention_args must not hold channels, which are those of each stage")
+    return dict(value or {})
+
+
 def _create_stem(
         stem_type: str, in_chans: int, stem_chs: int, norm_act: Any, dd: dict[str, Any]) -> tuple[nn.Sequential, int]:
     """Return the stem and the reduction of its output."""
@@ -154,7 +163,8 @@ def _create_stem(
 
 
 def _create_ran(variant: str, pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    levels = len(kwargs.get("channels", (256, 512, 1024, 2048))) + 1
+    channels = kwargs.get("channels", (256, 512, 1024, 2048))
+    levels = len(channels) + 1 if isinstance(channels, Sequence) else 0  # the network says what is wrong with it
     return build_model_with_cfg(
         ResidualAttentionNet, variant, pretrained,
         feature_cfg=dict(out_indices=tuple(range(levels)), flatten_sequential=True),
@@ -263,5 +273,6 @@ def ran_att236_cifar_orig(pretrained: bool = False, **kwargs: Any) -> ResidualAt
 @register_model
 def ran_att452_cifar_orig(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
     """The paper's Attention-452 for CIFAR (Table 6), m = 6 with p = 2, t = 4, r = 3: 10.2 M parameters."""
-    args = dict(_CIFAR_ORIG, modules=(6, 6, 6), attention_args=dict(p=2, t=4, r=3))
+    attention_args = {"p": 2, "t": 4, "r": 3, **_check_attention_args(kwargs.pop("attention_args", None))}
+    args = dict(_CIFAR_ORIG, modules=(6, 6, 6), attention_args=attention_args)
     return _create_ran("ran_att452_cifar_orig", pretrained, **{**args, **kwargs})

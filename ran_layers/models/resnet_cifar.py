@@ -52,5 +52,5 @@ default_cfgs = generate_default_cfgs(cifar_cfgs("resnet18_cifar", _cfg, pool_siz
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """ResNet-18 for CIFAR: 11.2 M parameters, 0.56 GMACs at 32 px."""
-    args = dict(block=BasicBlock, layers=(2, 2, 2, 2), **kwargs)
+    args = {"block": BasicBlock, "layers": (2, 2, 2, 2), **kwargs}
     return build_model_with_cfg(ResNetCifar, "resnet18_cifar", pretrained, **safetensors_only(pretrained, args))
