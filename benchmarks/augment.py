@@ -28,7 +28,7 @@ def augment_batch(
         x = rotate_shift(x, recipe.rotate, recipe.shift, generator)
     x = resize(x, resolution_at(recipe, progress, x.shape[-1]))
     if recipe.cutout:
-        x = cutout(x, recipe.cutout, generator)
+        x = cutout(x, round(recipe.cutout * x.shape[-1] / images.shape[2]), generator)  # as large a part of the image
     return mix(x, targets, recipe.mixup, recipe.cutmix, generator)
 
 
@@ -117,8 +117,8 @@ def mix(
     cut = (1 - weight).sqrt() / 2
     y = torch.rand((), generator=generator, device=device) * height
     x = torch.rand((), generator=generator, device=device) * width
-    rows = torch.arange(height, device=device)
-    columns = torch.arange(width, device=device)
+    rows = torch.arange(height, device=device) + 0.5  # where the centres of the pixels are
+    columns = torch.arange(width, device=device) + 0.5
     box = (((rows - y).abs() < cut * height)[:, None] & ((columns - x).abs() < cut * width)[None, :]).float()
     keep = torch.where(use_cutmix, 1 - box, weight)
     images = images * keep + images[order] * (1 - keep)

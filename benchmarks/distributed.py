@@ -6,6 +6,7 @@ of a step, the schedule and (with synchronised batch normalisation) the losses d
 import contextlib
 import inspect
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,9 +118,16 @@ def join_world(device_name: str | None) -> tuple[World, torch.device]:
     return World(dist.get_rank(), size, dist.new_group(backend="gloo")), device
 
 
-def leave_world() -> None:
-    """Close the connections to the other processes, if there are any."""
+def leave_world(kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    """Close the connections to the other processes, if there are any; called as the exit of a context.
+
+    After an error of this process alone that would be to wait, over NCCL, for others that wait for it. So it ends at
+    once, the error being told, and torchrun ends the others.
+    """
     if dist.is_initialized():
+        if isinstance(error, SystemExit) and error.code == 2 and dist.get_backend() == "nccl":
+            sys.stdout.flush()
+            os._exit(2)
         dist.destroy_process_group()
         # gloo's threads still hold the tensors of the last collectives and need the interpreter to let go of them. One
         # that is ending refuses, and the process aborts ("terminate called without an active exception"), upon which

@@ -24,6 +24,7 @@ from arguments import check_models, positive
 from checkpoint import write_json
 from environment import command_line, hardware, pick_device, synchronize, versions
 from errors import RunError, told_in_one_line
+from precision import exact_float32
 
 import ran_layers
 
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with told_in_one_line():
         device = pick_device(args.device)
+        exact_float32()
         results = measure_all(args, device)
         if args.out:
             command = command_line("fuse.py", sys.argv[1:] if argv is None else argv)

@@ -4,6 +4,7 @@ These networks have a hundred small convolutions, so a step is thousands of kern
 launches more slowly than a GPU runs them. A CUDA graph launches the whole step at once.
 """
 import copy
+import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -160,8 +161,16 @@ class Replayed:
         """Record the function for inputs of these shapes and types, for which it has been warmed up."""
         inputs_of_graph = [tensor.clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            self.function(*inputs_of_graph)
+        # A graph that the collector destroys while another is recorded makes that recording fail.
+        collecting = gc.isenabled()
+        gc.collect()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.function(*inputs_of_graph)
+        finally:
+            if collecting:
+                gc.enable()
         self.pool = self.pool or graph.pool()
         self.graphs[inputs[0].shape] = graph, inputs_of_graph
 
@@ -203,7 +212,8 @@ def choose_kernels(deterministic: bool) -> None:
 def price_of_determinism(model: nn.Module, batch: torch.Tensor, autocast: Any, steps: int = 20) -> float:
     """Return how much more time forward and backward pass take with deterministic kernels, as a fraction.
 
-    Both are replayed as CUDA graphs in turn, so that it is the kernels that are compared.
+    The network is not compiled for it. Both are replayed as CUDA graphs in turn, so that it is the kernels that are
+    compared.
     """
     model = copy.deepcopy(model).train()
     device = batch.device

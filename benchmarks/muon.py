@@ -58,7 +58,9 @@ class Muon(torch.optim.Optimizer):
         dealt = sorted(range(len(updates)), key=lambda i: (-updates[i].numel() * len(updates[i]), i))
         mine = dealt[rank::size]
         flat = updates[0].new_zeros(sum(update.numel() for update in updates))
-        views = [part.view(update.shape) for part, update in zip(flat.split([u.numel() for u in updates]), updates)]
+        # In the memory order of the weights, or torch would add them one by one.
+        views = [part.as_strided(update.shape, update.stride())
+                 for part, update in zip(flat.split([u.numel() for u in updates]), updates)]
         for i, update in zip(mine, orthogonalize([updates[i] for i in mine])):
             views[i].copy_(update)
         dist.all_reduce(flat)

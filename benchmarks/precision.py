@@ -43,6 +43,11 @@ def bf16_is_fast(device: torch.device) -> bool:
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
+def exact_float32() -> None:
+    """Have a GPU compute convolutions of float32 in float32; by default torch takes TF32, with 10 bits of mantissa."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def _product_seconds(dtype: torch.dtype, size: int = 384) -> float:
     """Return the time of a matrix product on the CPU."""
     x = torch.ones(size, size, dtype=dtype)

@@ -28,6 +28,7 @@ from environment import command_line, hardware, pick_device, versions
 from errors import RunError, told_in_one_line
 from evaluate import evaluate
 from PIL import Image
+from precision import exact_float32
 from torchvision.transforms.functional import gaussian_blur
 
 import ran_layers
@@ -121,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with told_in_one_line():
         device = pick_device(args.device)
+        exact_float32()
         names = args.models or timm.list_pretrained("ran_*")
         results = [measure(name, args.data_dir, args.rows, device) for name in names]
         if args.out:

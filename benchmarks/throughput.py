@@ -18,6 +18,7 @@ import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
 # isort: split
 import argparse
 import ctypes
+import os
 import statistics
 import sys
 import time
@@ -209,6 +210,8 @@ class Harness(Case):
         self.trainer = Trainer(
             model, Recipe(epochs=10 ** 6, batch_size=self.batch_size), images.to(device), labels.to(device),
             self.autocast, 0, World(), False, compile_mode, kernels)
+        if device.type == "cuda":
+            torch.compiler.reset()  # each case compiles for itself
         started = time.perf_counter()
         self.trainer.compile()
         if device.type == "cuda":
@@ -268,6 +271,9 @@ class Loaded(Case):
         self.model(self.batch)
 
     def measure(self, seconds: float) -> None:
+        if self.device.type == "cuda":  # many steps at once; the first ones are not to find their batches ready
+            for _ in range(2 * loaders()):
+                next(self.batches)
         super().measure(seconds)
         time.sleep(0.5)  # the workers fill their queues, which must not slow down the next case
 
@@ -276,7 +282,13 @@ def load(batch_size: int, size: int) -> Iterator[list[torch.Tensor]]:
     """Start the workers of a DataLoader; return its batches: images and labels."""
     # Workers that are not forked import all of this anew; elsewhere than on Linux, forking is not safe.
     context = "fork" if sys.platform == "linux" else None
-    return iter(DataLoader(_Images(size), batch_size, num_workers=2, drop_last=True, multiprocessing_context=context))
+    return iter(DataLoader(
+        _Images(size), batch_size, num_workers=loaders(), drop_last=True, multiprocessing_context=context))
+
+
+def loaders() -> int:
+    """Return how many processes load images: one for each processor, up to 16, as is usual."""
+    return max(2, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2))
 
 
 class _Images(TorchDataset):

@@ -93,7 +93,8 @@ class Trainer:
         if self.device.type == "cuda":
             tensors.update(cuda_rng=self.world.gather(torch.cuda.get_rng_state(self.device)))
         return tensors, dict(
-            step=self.step, epochs=self.epochs, seconds=self.seconds, epoch_seconds=self.epoch_seconds)
+            device=self.device.type, step=self.step, epochs=self.epochs, seconds=self.seconds,
+            epoch_seconds=self.epoch_seconds)
 
     def restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         """Put back what :meth:`state` returned; to be called before :meth:`compile`, which records where all lies."""
@@ -106,6 +107,10 @@ class Trainer:
         epoch, in_epoch = divmod(self.step, self.steps_per_epoch)
         self.start_epoch(epoch)
         if in_epoch:
+            device = state.get("device", self.device.type)
+            if device != self.device.type:  # whose generators draw other numbers
+                raise RunError(f"--resume: the checkpoint is from the middle of an epoch on {device} and goes on there "
+                               f"(--device {device}); from the end of an epoch it would on {self.device.type} too")
             self.generator.set_state(tensors["generator"])
             self.sums.copy_(tensors["sums"])
             self.epoch_seconds = state["epoch_seconds"]

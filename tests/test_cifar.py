@@ -358,39 +358,6 @@ def test_muon_update_is_orthogonal():
             (u.T @ result.flatten(1) @ v.T).diagonal())) < 0.05 * result.norm()
 
 
-def test_augmentations_do_what_they_say():
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(1, 256, (64, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    flip = torch.arange(64) % 2 == 0
-    same = augment.crop_flip(images, flip, 0, "reflect", generator)
-    assert torch.equal(same, torch.where(flip[:, None, None, None], images.flip(2), images))
-
-    # Every crop is a window of the padded image.
-    for mode, torch_mode in (("reflect", "reflect"), ("zeros", "constant")):
-        crops = augment.crop_flip(images, torch.zeros(64, dtype=torch.bool), 4, mode, generator)
-        padded = torch.nn.functional.pad(images.permute(0, 3, 1, 2).float(), (4,) * 4, mode=torch_mode)
-        for crop, image in zip(crops.permute(0, 3, 1, 2).float(), padded, strict=True):
-            windows = image.unfold(1, 32, 1).unfold(2, 32, 1)  # channels, 9, 9, 32, 32
-            assert (windows == crop[:, None, None]).all(dim=(0, 3, 4)).any()
-
-    x = augment.normalize(images, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0]))
-    assert x.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(x[:, 2], (images[..., 2].float() - 3) / 2)
-    assert torch.allclose(augment.rotate_shift(x, 0, 0, generator), x, atol=1e-4)
-    assert augment.resize(x, 24).shape == (64, 3, 24, 24)
-    erased = (augment.cutout(torch.ones(64, 3, 32, 32), 8, generator) == 0).sum(dim=(1, 2, 3))
-    assert erased.max() == 3 * 64
-    assert erased.min() >= 3 * 16
-
-    targets = torch.eye(10)[torch.arange(64) % 10]
-    for mixup, cutmix in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
-        # Images that are constant and equal to the class: the mixed target must be the mixed image's mean.
-        flat = (torch.arange(64) % 10).float()[:, None, None, None].expand(64, 3, 32, 32)
-        mixed, mixed_targets = augment.mix(flat, targets, mixup, cutmix, generator)
-        assert torch.allclose(mixed_targets.sum(1), torch.ones(64))
-        assert torch.allclose(mixed.mean((1, 2, 3)), mixed_targets @ torch.arange(10.0), atol=1e-4)
-
-
 def test_without_network_the_message_names_the_ways_out(tmp_path, capsys, monkeypatch):
     import huggingface_hub.constants
 

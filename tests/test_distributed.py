@@ -1,4 +1,5 @@
 """Data-parallel training: two gloo processes against one."""
+import contextlib
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import cifar  # noqa: E402
 from cpu_kernels import library  # noqa: E402
 from data import load_dataset  # noqa: E402
-from distributed import World, data_parallel  # noqa: E402
+from distributed import World, data_parallel, leave_world  # noqa: E402
 from recipes import make_recipe  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
@@ -109,7 +110,7 @@ compare(bf16=True, tolerance=5e-2)
 
 def test_global_batch_norm_gradients_and_statistics_are_those_of_one_process(tmp_path):
     script = tmp_path / "compare.py"  # one for both, as starting two processes takes most of the time
-    script.write_text(START + EXACT + (KERNELS if library() else "") + "leave_world()\n")
+    script.write_text(START + EXACT + (KERNELS if library() else "") + "leave_world(None, None, None)\n")
     done = torchrun(script)
     assert done.returncode == 0, done.stderr[-3000:]
     if library() is None:
@@ -211,6 +212,26 @@ def test_later_processes_leave_it_to_the_first_to_tell_errors(monkeypatch, capsy
     assert exit_info.value.code == 2
     assert waited == [3]
     assert capsys.readouterr().err.startswith("error in process 1: --model nothing is no timm model")
+
+
+@pytest.mark.parametrize(("code", "backend", "expected"), [
+    (2, "nccl", ["exit 2"]), (2, "gloo", ["destroy"]), (143, "nccl", ["destroy"]), (0, "nccl", ["destroy"])])
+def test_an_error_of_one_process_does_not_wait_for_the_others(monkeypatch, code, backend, expected):
+    done = []
+
+    def leave(status):
+        done.append(f"exit {status}")
+        raise SystemExit(status)
+
+    monkeypatch.setattr("distributed.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("distributed.dist.get_backend", lambda: backend)
+    monkeypatch.setattr("distributed.dist.destroy_process_group", lambda: done.append("destroy"))
+    monkeypatch.setattr("distributed.os._exit", leave)
+    with contextlib.suppress(SystemExit), contextlib.ExitStack() as stack:
+        stack.push(leave_world)
+        if code:
+            sys.exit(code)
+    assert done == expected
 
 
 @pytest.mark.parametrize(("size", "message"), [

@@ -35,6 +35,7 @@ SIZES = {
     "ran_att452_cifar_orig": (10.2, None),
 }
 
+
 @pytest.fixture(scope="module", params=NAMES)
 def network(request):
     """Each registered network by itself, in evaluation mode; a test that changes it takes a copy."""

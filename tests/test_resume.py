@@ -16,9 +16,12 @@ import cifar
 import evaluate
 import trainer
 from checkpoint import FILE_NAME, claim, load_checkpoint
+from distributed import World
 from errors import RunError
+from recipes import make_recipe
 from test_cifar import fails, run
 from test_data import NOISE, encoded, write_parquet
+from timm import create_model
 
 
 @pytest.fixture
@@ -63,6 +66,19 @@ def test_an_edited_checkpoint_is_not_gone_on_with(out, capsys, edit):
     assert f"{FILE_NAME} is damaged (its content is not what its digest was made of); remove it" in fails(
         capsys, "--epochs", "1", "--out", out, "--resume")
     assert contents(out) == before
+
+
+def test_the_middle_of_an_epoch_is_gone_on_with_on_the_same_kind_of_device():
+    def make() -> trainer.Trainer:
+        model, images = create_model("plain_cnn8_cifar"), torch.zeros(64, 32, 32, 3, dtype=torch.uint8)
+        return trainer.Trainer(
+            model, make_recipe("quick", "digits", {}), images, torch.zeros(64, dtype=torch.long),
+            torch.autocast("cpu", enabled=False), 0, World(), False, "off", False)
+
+    tensors, state = make().state()
+    make().restore(tensors, {**state, "device": "cuda"})
+    with pytest.raises(RunError, match=r"the middle of an epoch on cuda and goes on there \(--device cuda\)"):
+        make().restore(tensors, {**state, "device": "cuda", "step": 1})
 
 
 def test_a_checkpoint_without_digest(out, capsys):
