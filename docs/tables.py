@@ -82,7 +82,7 @@ def shipped_weights() -> str:
     text += f"\n\nWith the outputs averaged over each image and its mirror image: {mirrored}."
     if throughput:
         text += ("\n\nImages/s: forward and training, in the largest of the batches measured, "
-                 f"`{throughput['command']}` on {machine(throughput['hardware'])}; of which state of the code, says "
+                 f"`{throughput['command']}` on {machine(throughput['hardware'])}, see "
                  "[its page](training.md#speed).")
     return f"{text}\n\nTrained by\n\n```text\n{commands}\n```\n\n{_corruptions(robustness)}"
 
