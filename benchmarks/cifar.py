@@ -164,8 +164,6 @@ def train(
     if args.precision is None:
         slow = pick_precision(device, model, args.cpu_kernels) == "fp32"
         args.precision = settings["precision"] = "fp32" if world.any(int(slow)) else "bf16"
-    if args.precision == "fp32":
-        exact_float32()
     if world.main:
         until_done.enter_context(claim(out))
         if not resumed:
@@ -362,8 +360,6 @@ def eval_only(args: argparse.Namespace) -> None:
             if getattr(given, name) not in (None, value):
                 raise RunError(f"--{name} {getattr(given, name)}: the run in {args.out} is of {value}; leave it out")
     precision = args.precision or precision or pick_precision(device)
-    if precision == "fp32":
-        exact_float32()
     data = load_dataset(result["dataset"], args.data_dir)
     model = load_exported(args.out) if args.out else load_pretrained(args.model, len(data.class_names))
     model = model.to(device, memory_format=torch.channels_last)
@@ -376,6 +372,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with contextlib.ExitStack() as at_the_end, told_in_one_line(), contextlib.ExitStack() as until_done:
         at_the_end.push(leave_world)  # after an error is told
+        exact_float32()
         resumed = None
         if args.resume and args.out:
             resumed = load_checkpoint(args.out)

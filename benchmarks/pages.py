@@ -1,10 +1,17 @@
 """Parts of pages that scripts write; the rest of the page is written by hand."""
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from errors import RunError
 
 BEGIN, END = "<!-- begin {} -->", "<!-- end {} -->"
+
+
+def table(head: Sequence[str], align: str, rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; ``align`` has an ``l`` or ``r`` for each column."""
+    rule = ["--:" if side == "r" else "---" for side in align]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 def parts_of(text: str) -> list[str]:

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from arguments import positive
 from checkpoint import FILE_NAME, load_checkpoint
-from cifar import parse_args
 from cpu_kernels import kernels_pay, why_no_kernels
 from display import duration
 from environment import hardware, machine, pick_device
@@ -35,9 +34,8 @@ from errors import RunError, told_in_one_line
 from evaluate import count_macs
 from experiments import EXPERIMENTS, TABLES, Experiment
 from precision import pick_precision
-from recipes import make_recipe
 from study_report import read_page, write_report
-from study_results import full_epochs, load_result, load_results
+from study_results import full_epochs, load_result, load_results, recipe_of
 from timm import create_model
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
@@ -131,13 +129,12 @@ class Clock:
 
     def seconds(self, run: Run, rows: int = 50_000) -> float | None:
         """Return the estimate from the runs most like ``run``, None if nothing finished here yet."""
-        args = parse_args(run.experiment.arguments())
-        recipe = make_recipe(args.recipe, args.dataset, args.overrides)
-        key = args.model, args.recipe, recipe.batch_size
+        experiment = run.experiment
+        key = experiment.model, experiment.recipe, recipe_of(run.name).batch_size
         for alike in (3, 2, 0):  # of the model, the recipe and the batch size
             speeds = [speed for known, speed in self.speeds if known[:alike] == key[:alike]]
             if speeds:
-                macs = macs_of(args.model, json.dumps(dict(run.experiment.model_kwargs), sort_keys=True))
+                macs = macs_of(experiment.model, json.dumps(dict(experiment.model_kwargs), sort_keys=True))
                 return run.epochs * (1 - run.progress(self.runs)) * rows * macs / statistics.median(speeds)
         return None
 

@@ -6,11 +6,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pages
 from checkpoint import write_atomic
 from environment import machine
 from errors import RunError
 from experiments import TABLES, Row, Table
-from pages import replace_part
 from study_results import Finished, full_epochs, load_results
 
 
@@ -25,7 +25,7 @@ def read_page(docs: Path) -> str:
         text = page.read_text()
     except OSError as error:
         raise RunError(f"--docs must be a folder with results.md ({error})") from None
-    replace_part(page, text, "study", "")
+    pages.replace_part(page, text, "study", "")
     return text
 
 
@@ -49,17 +49,16 @@ def write_report(results: Path, docs: Path) -> None:
             plot.unlink(missing_ok=True)
         parts.append(section(key, table, finished))
     page = docs / "results.md"
-    write_atomic(page, replace_part(page, text, "study", "\n\n".join(parts)).encode())
+    write_atomic(page, pages.replace_part(page, text, "study", "\n\n".join(parts)).encode())
 
 
 def section(key: str, table: Table, finished: dict[str, list[Finished]]) -> str:
     """Return a table of the study in Markdown, with its plot and the commands that made it."""
     begun = any(row.experiment in finished for row in table.rows)
     head = ("", "published, %", "ours, %", "difference", "to", "M parameters", "MMACs", "epochs", "trained on")
-    rule = ("---", "--:", "--:", "--:", "---", "--:", "--:", "--:", "---")
-    rows = [head, rule, *(cells for row in table.rows for cells in cells_of(row, table, finished))]
-    lines = [f"| {' | '.join(cells if begun else cells[:2])} |" for cells in rows]
-    parts = [f"### {table.title}", table.text, "\n".join(lines)]
+    columns = len(head) if begun else 2
+    cells = [line[:columns] for row in table.rows for line in cells_of(row, table, finished)]
+    parts = [f"### {table.title}", table.text, pages.table(head[:columns], "lrrrlrrrl"[:columns], cells)]
     if comparable(table, finished):
         published = any(row.published for row in table.rows if row.experiment in finished)
         parts.append(f"![{table.title}: our test errors{', and those published' if published else ''}]"
@@ -115,11 +114,11 @@ def compare(row: Row, group: Finished, finished: dict[str, list[Finished]]) -> s
     if not others:
         return ""
     other = next((other for other in others if other.conditions == group.conditions), None)
-    # Seeds are shared, so the differences are compared pair by pair, of those trained in the same way.
-    shared = sorted(set(other.results) & set(group.results)) if other else []
-    if other is None or not shared:
+    if other is None:
         return "not compared: trained under other conditions"
-    differences = [group.results[seed]["final"]["error"] - other.results[seed]["final"]["error"] for seed in shared]
+    # Seeds are shared, so the differences are compared pair by pair.
+    differences = [group.results[seed]["final"]["error"] - other.results[seed]["final"]["error"]
+                   for seed in sorted(set(other.results) & set(group.results))]
     mean = statistics.mean(differences)
     if len(differences) == 1:
         return f"{mean:+.2f}, spread unknown"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from cifar import parse_args
 from errors import RunError
 from experiments import EXPERIMENTS
-from recipes import make_recipe
+from recipes import Recipe, make_recipe
 
 FILE = re.compile(r"(?P<name>.+)-(?P<epochs>\d+)ep-seed(?P<seed>\d+)\.json")
 
@@ -94,7 +94,12 @@ def conditions(result: dict[str, Any]) -> tuple[Any, ...]:
             settings.get("cpu_kernels", False))
 
 
+def recipe_of(name: str) -> Recipe:
+    """Return the hyper-parameters of an experiment in its full form."""
+    args = parse_args(EXPERIMENTS[name].arguments())
+    return make_recipe(args.recipe, args.dataset, args.overrides)
+
+
 def full_epochs(name: str) -> int:
     """Epochs of an experiment in its full form."""
-    args = parse_args(EXPERIMENTS[name].arguments())
-    return make_recipe(args.recipe, args.dataset, args.overrides).epochs
+    return recipe_of(name).epochs

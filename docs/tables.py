@@ -7,7 +7,7 @@ measured figure in it is typed by hand. That of the study is written by `benchma
 """
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -28,14 +28,8 @@ from display import duration  # noqa: E402
 from environment import machine  # noqa: E402
 from errors import told_in_one_line  # noqa: E402
 from evaluate import count_macs  # noqa: E402
-from pages import parts_of, replace_part  # noqa: E402
+from pages import parts_of, replace_part, table  # noqa: E402
 from recipes import RECIPES  # noqa: E402
-
-
-def table(head: Sequence[str], align: str, rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table; ``align`` has an ``l`` or ``r`` for each column."""
-    rule = ["--:" if side == "r" else "---" for side in align]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 @cache

@@ -75,7 +75,7 @@ def test_every_experiment_is_a_network_and_a_recipe_that_exist():
 
 
 def experiments_args(experiment: Experiment):
-    return study.parse_args(experiment.arguments())
+    return study_results.parse_args(experiment.arguments())
 
 
 def test_trunks_cost_what_their_rows_say():
