@@ -170,40 +170,47 @@ def _hub_files(spec: Spec) -> dict[str, list[Path]]:
 
 def _read_parquet(
         files: list[Path], spec: Spec, rows: int | None) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    import pyarrow
-    import pyarrow.parquet
     from PIL import Image
 
-    blobs: list[bytes] = []
+    images: list[np.ndarray] = []
     labels: list[int] = []
     names = [str(i) for i in range(spec.classes)]
     for file in files:
-        try:
-            table = pyarrow.parquet.read_table(file)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise RunError(f"{file} cannot be read as Parquet ({first_line(error)}); fetch it again"
-                            ) from error
-        if not {"img", spec.label} <= set(table.column_names):
-            raise RunError(f"{file} must have the columns 'img' and '{spec.label}', it has {table.column_names}")
-        column = table["img"].combine_chunks()
-        if not pyarrow.types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:
-            raise RunError(f"{file}: column 'img' must be a struct with the field 'bytes', it is {column.type}")
-        blobs += column.field("bytes").to_pylist()
-        labels += table[spec.label].to_pylist()
+        table = _read_table(file, spec)
         names = _class_names(table.schema.metadata, spec) or names
-    blobs, labels = blobs[:rows], labels[:rows]
-
-    bad = [label for label in labels if type(label) is not int or not 0 <= label < spec.classes]
-    if bad:
-        raise RunError(f"{files[0].parent}: labels must be in 0..{spec.classes - 1}, found {bad[0]}; fetch "
-                       "the files again")
+        if rows is not None:
+            table = table[:rows - len(labels)]
+        blobs = table["img"].combine_chunks().field("bytes").to_pylist()
+        for row, (blob, label) in enumerate(zip(blobs, table[spec.label].to_pylist(), strict=True)):
+            if type(label) is not int or not 0 <= label < spec.classes:
+                raise RunError(f"{file}, row {row}: labels must be in 0..{spec.classes - 1}, found {label}; fetch "
+                               "the files again")
+            try:
+                images.append(_decode(blob))  # threads would wait for each other
+            except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
+                raise RunError(f"{file}, row {row}: an image cannot be decoded ({error}); fetch the files again"
+                               ) from error
+            labels.append(label)
     if not labels:
         raise RunError(f"{files[0].parent}: the files have no rows; fetch them again")
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels), names
+
+
+def _read_table(file: Path, spec: Spec) -> Any:
+    """Return the ``pyarrow.Table`` in ``file``, which has images and labels."""
+    import pyarrow
+    import pyarrow.parquet
+
     try:
-        images = np.stack([_decode(blob) for blob in blobs])  # threads would wait for each other
-    except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        raise RunError(f"{files[0].parent}: an image cannot be decoded ({error}); fetch the files again") from error
-    return torch.from_numpy(images), torch.tensor(labels), names
+        table = pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RunError(f"{file} cannot be read as Parquet ({first_line(error)}); fetch it again") from error
+    if not {"img", spec.label} <= set(table.column_names):
+        raise RunError(f"{file} must have the columns 'img' and '{spec.label}', it has {table.column_names}")
+    kind = table["img"].type
+    if not pyarrow.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        raise RunError(f"{file}: column 'img' must be a struct with the field 'bytes', it is {kind}")
+    return table
 
 
 def _decode(blob: bytes) -> np.ndarray:

@@ -54,13 +54,13 @@ def test_parquet_in_any_depth_of_the_layout(tmp_path):
 
 
 @pytest.mark.parametrize(("kwargs", "message"), [
-    (dict(labels=[0, 1, 2, 10]), "labels must be in 0..9, found 10"),
+    (dict(labels=[0, 1, 2, 10]), "train-00000-of-00001.parquet, row 3: labels must be in 0..9, found 10"),
     (dict(labels=[0, 1, 2, None]), "labels must be in 0..9, found None"),
     (dict(labels=[True] * 4), "labels must be in 0..9, found True; fetch the files again"),
     (dict(rows=0), "must be a struct with the field 'bytes', it is null"),
     (dict(column="image"), "must have the columns 'img' and 'label', it has ['image', 'label']"),
     (dict(image=b"no image"), "an image cannot be decoded (8 bytes that are no image); fetch the files again"),
-    (dict(image=b""), "an image cannot be decoded"),
+    (dict(image=b""), "train-00000-of-00001.parquet, row 0: an image cannot be decoded"),
     (dict(image=encoded(Image.new("RGB", (31, 32)), "PNG")), "expected 32x32 images, found 31x32"),
     (dict(image=encoded(NOISE, "PNG")[:-300]), "an image cannot be decoded"),
     (dict(image=encoded(NOISE, "WEBP", lossless=True)[:-300]), "an image cannot be decoded"),
@@ -69,6 +69,18 @@ def test_unusable_parquet(tmp_path, capsys, kwargs, message):
     write_parquet(tmp_path / "data", **kwargs)
     line = fails(capsys, "--dataset", "cifar10", "--data-dir", tmp_path / "data", "--out", tmp_path / "run")
     assert message in line
+
+
+def test_rows_of_several_files(tmp_path, capsys):
+    write_parquet(tmp_path, labels=[0, 1, 2, 3])
+    first, second = tmp_path / "train-00000-of-00002.parquet", tmp_path / "train-00001-of-00002.parquet"
+    (tmp_path / "train-00000-of-00001.parquet").rename(first)
+    pq.write_table(pq.read_table(first).set_column(1, "label", [[4, 5, 10, 7]]), second)
+    images, labels, _ = data.read_split("cifar10", "train", str(tmp_path), rows=6)
+    assert labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert images.shape == (6, 32, 32, 3)
+    line = fails(capsys, "--dataset", "cifar10", "--data-dir", tmp_path, "--out", tmp_path / "run")
+    assert f"{second}, row 2: labels must be in 0..9, found 10; fetch the files again" in line
 
 
 def test_an_image_too_large_to_open(tmp_path, capsys, monkeypatch):
