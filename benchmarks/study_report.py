@@ -66,6 +66,8 @@ def section(key: str, table: Table, finished: dict[str, list[Finished]]) -> str:
     if begun:
         commands = [f"# {row.label}\n{command(group.results)}"
                     for row in table.rows for group in finished.get(row.experiment, ())]
+        commands.append("# what this table lacks, in full; in the short form with --epochs 10\n"
+                        f"python benchmarks/study.py --table {key}")
         parts.append("```text\n" + "\n".join(dict.fromkeys(commands)) + "\n```")
     else:
         parts.append(f"Not run yet: `python benchmarks/study.py --table {key}`.")

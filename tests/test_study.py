@@ -135,6 +135,7 @@ def test_tables_show_means_spreads_and_short_runs(tiny, tmp_path):
     assert "| 45.00 (1 seed) | +5.00, spread unknown | A |" in page
     assert "| 21.10 ± 0.85 (2 seeds) | +0.10 ± 0.57, too close to call | A |" in page
     assert "\nfor seed in 0 1; do python benchmarks/cifar.py --seed $seed; done\n" in page
+    assert "\npython benchmarks/study.py --table tiny\n```" in page
     assert "\npython benchmarks/cifar.py --seed 0\n" in page
     assert "old" not in page
     assert page.endswith("after\n")
