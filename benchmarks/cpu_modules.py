@@ -35,7 +35,7 @@ def use_cpu_kernels(model: nn.Module, synced: bool = False) -> None:
 def _has_plain_gate(module: AttentionModule) -> bool:
     return (
         module.residual and type(module.mask) in (SoftMaskBranch, LocalMaskBranch)
-        and module.mask.head.act.kind == "mixed")
+        and module.mask.head.act.mask_act == "mixed")
 
 
 def _norm_fits(norm: nn.BatchNorm2d, x: torch.Tensor) -> bool:

@@ -70,12 +70,13 @@ def shipped_weights() -> str:
     ) for name, result in results.items()]
     commands = "\n\n".join(
         "\n".join((f"# {name}", *(run["command"] for run in _runs(result)))) for name, result in results.items())
-    head = ("weights", "test error", "parameters", "MACs", "recipe", "trained on, in", "images/s", "corrupted images")
+    head = ("weights", "test error", "parameters", "MACs", "recipe", "trained on, in what time",
+            "images/s, forward / training", "corrupted images")
     text = table(head, "lrrrllrr", rows)
     mirrored = ", ".join(f"`{name}` {100 - result['final']['top1_flip']:.2f} %" for name, result in results.items())
     text += f"\n\nWith the outputs averaged over each image and its mirror image: {mirrored}."
     if throughput:
-        text += ("\n\nImages/s: forward and training, in the largest of the batches measured, "
+        text += ("\n\nImages/s at the largest batch size measured: "
                  f"`{throughput['command']}` on {machine(throughput['hardware'])}, see "
                  "[its page](training.md#speed).")
     return f"{text}\n\nTrained by\n\n```text\n{commands}\n```\n\n{_corruptions(robustness)}"
@@ -87,12 +88,12 @@ def _runs(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _images_per_s(throughput: dict[str, Any] | None, model: str) -> str:
-    """Speed in the largest of the batches that were measured."""
+    """Speed at the largest batch size that was measured."""
     rows = [row for row in (throughput or {}).get("cases", ()) if (row["form"], row["model"]) == ("harness", model)]
     if not rows:
         return "-"
     row = max(rows, key=lambda row: row["batch_size"])
-    return f"{row['forward']['images_per_s']:.0f}, {row['train']['images_per_s']:.0f}"
+    return f"{row['forward']['images_per_s']:.0f} / {row['train']['images_per_s']:.0f}"
 
 
 def trained_on_gpu() -> str:

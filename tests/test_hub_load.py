@@ -10,7 +10,7 @@ import torch.nn as nn
 import yaml
 from hub_fixtures import IMAGES, REPO, edit, full_disk, set_constants
 
-from ran_layers import AttentionModule, ResNeXtUnit, SoftMaskBranch
+from ran_layers import AttentionModule, LocalMaskBranch, ResNeXtUnit, SoftMaskBranch
 from ran_layers._download import HubError
 from ran_layers.hub import pull, push_to_hub
 
@@ -123,6 +123,26 @@ def test_pickles_are_refused_by_the_networks(hub, run_dir, tmp_path):
         timm.create_model(f"local-dir:{run_dir}", pretrained=True)
 
 
+def test_weights_that_a_configuration_names(hub, run_dir, expected):
+    push_to_hub(run_dir, REPO)
+    weights, config = (run_dir / "model.safetensors").read_bytes(), (run_dir / "config.json").read_bytes()
+    args = json.loads(config)["model_args"]
+
+    def load(**overlay):
+        cfg = {"hf_hub_id": REPO, **overlay}
+        return timm.create_model("plain_cnn8_cifar", pretrained=True, pretrained_cfg_overlay=cfg, **args).eval()
+
+    assert torch.equal(load()(IMAGES), expected)
+    hub.add(REPO, {"config.json": config, "best.safetensors": weights, "pytorch_model.bin": b"pickle"})
+    assert torch.equal(load(hf_hub_filename="best.safetensors")(IMAGES), expected)
+    assert any("best.safetensors" in path for _, path in hub.requests)
+    with pytest.raises(HubError, match=r"alice/net/last\.pth is not read: a pickle can run any code"):
+        load(hf_hub_filename="last.pth")
+    hub.add("alice/other", {"config.json": config, "pytorch_model.bin": b"pickle"})
+    with pytest.raises(HubError, match=r"only pytorch_model\.bin: a pickle can run any code"):
+        load(hf_hub_id="alice/other")
+
+
 def test_file_damaged_in_the_cache(hub, run_dir, expected, tmp_path):
     push_to_hub(run_dir, REPO)
     load_with_timm(tmp_path)
@@ -146,6 +166,7 @@ LAYERS = [
     (AttentionModule, dict(unit_layer=functools.partial(ResNeXtUnit, groups=4), mask="local")),
     (SoftMaskBranch, dict(mask_depth=2, unit_layer=ResNeXtUnit, groups=2, dtype=torch.float64)),
     (SoftMaskBranch, dict(norm_layer=nn.BatchNorm2d, act_layer="hard_swish", r=2)),
+    (LocalMaskBranch, dict(units=1, mask_act="spatial")),
 ]
 
 

@@ -4,9 +4,11 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from timm.models import generate_default_cfgs
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
-from ran_layers import ResidualUnit
+from ran_layers import AttentionModule, ResidualUnit, ResNeXtUnit
+from ran_layers.models import _cifar
 
 
 @pytest.mark.parametrize(("args", "error", "message"), [
@@ -29,6 +31,13 @@ from ran_layers import ResidualUnit
     ({"global_pool": "mean"}, ValueError, "global_pool must be one of 'avg', 'max', .* got 'mean'"),
     ({"attention_args": 5}, TypeError, r"attention_args must be a dictionary or None, got 5 \(int\)"),
     ({"attention_args": {"channels": 3}}, ValueError, "attention_args must not hold channels"),
+    ({"attention_args": {"skips": 3}}, ValueError, "skips must be at most mask_depth - 1 = 2, got 3"),
+    ({"attention_args": {"skips": 2, "mask_depth": 2}}, ValueError, "skips must be at most mask_depth - 1 = 1, got 2"),
+    ({"attention_args": {"skips": True}}, TypeError, r"skips must be an int of at least 0, got True \(bool\)"),
+    ({"attention_args": {"mask_depth": "2"}}, TypeError, "mask_depth must be an int of at least 1, got '2'"),
+    ({"unit_layer": lambda channels, **kwargs: nn.Identity()}, TypeError,
+     "unit_layer must be called with in_channels, out_channels, stride and drop_path, act_layer"),
+    ({"global_pool": ""}, ValueError, "global_pool must not be '' for a classifier; give num_classes=0 with it, got 10"),
 ])
 def test_wrong_arguments(args, error, message):
     with pytest.raises(error, match=message):
@@ -41,6 +50,7 @@ def test_wrong_arguments(args, error, message):
     ("plain_cnn8_cifar", {"depths": 2}, TypeError, "depths must be a sequence with an int for each stage, got 2"),
     ("plain_cnn8_cifar", {"dtype": torch.int32}, TypeError, "dtype must be a floating-point torch.dtype"),
     ("resnet18_cifar", {"stem_type": "deep"}, ValueError, "stem_type must be '', the 3x3 stem of this network, got 'd"),
+    ("resnet18_cifar", {"replace_stem_pool": True}, ValueError, "replace_stem_pool must be False: the stem of this"),
 ])
 def test_wrong_arguments_of_the_baselines(name, kwargs, error, message):
     with pytest.raises(error, match=message):
@@ -53,6 +63,8 @@ def test_a_classifier_of_less_than_no_classes():
         model.reset_classifier(-3)
     with pytest.raises(ValueError, match=r"global_pool must be one of 'avg', 'max', .* got 'mean'"):
         model.reset_classifier(4, "mean")
+    with pytest.raises(ValueError, match="global_pool must not be '' for a classifier"):
+        model.reset_classifier(4, "")
     assert model.num_classes == model.head.fc.out_features == 10
 
 
@@ -84,3 +96,49 @@ def test_arguments_of_a_variant_are_replaced_one_by_one():
     assert size(attention_args={"learning": "naive"}) == size(attention_args={}) == size(attention_args=None) == size()
     assert size(attention_args={"r": 1}) < size()
     assert len(timm.create_model("resnet18_cifar", layers=(1, 1, 1, 1)).layer1) == 1
+
+
+@pytest.mark.parametrize(("skips", "expected"), [(None, [2, 1, 0]), (1, [1, 1, 0]), (np.int64(0), [0, 0, 0])])
+def test_skips_as_far_as_a_stage_has_room(skips, expected):
+    model = timm.create_model("ran_att56_cifar", attention_args={"skips": skips}, device="meta")
+    masks = [module.mask for module in model.modules() if isinstance(module, AttentionModule)]
+    assert [sum(step.skip is not None for step in mask.up) for mask in masks] == expected
+
+
+def test_a_trunk_keeps_its_weights():
+    trunk = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64))
+    before = {name: tensor.fill_(3).clone() for name, tensor in trunk.state_dict().items()}
+    model = timm.create_model("ran_att56_cifar", modules=(1, 0, 0, 0), attention_args={"trunk": trunk})
+    torch.testing.assert_close(model.stages[0].blocks[1].trunk.state_dict(), before)
+    model.init_weights()
+    assert trunk[0].weight.std() > 0
+    assert (trunk[0].bias == 0).all()
+
+
+@pytest.mark.parametrize(("args", "norm"), [
+    ({"unit_layer": ResNeXtUnit, "attention_args": {"unit_layer": ResidualUnit}}, True),
+    ({"attention_args": {"unit_layer": ResNeXtUnit}}, False),
+    ({"attention_args": {"unit_layer": ResNeXtUnit}, "closing_units": (0, 0, 0, 1)}, True),
+])
+def test_the_final_norm_is_that_of_the_last_unit(args, norm):
+    args = {"modules": (1, 1, 1, 1), "closing_units": (0, 0, 0, 0), **args}
+    model = timm.create_model("ran_att56_cifar", device="meta", **args)
+    assert isinstance(model.norm, nn.Identity) is not norm
+
+
+@pytest.mark.parametrize("stages", [3, 5])
+def test_levels_of_other_numbers_of_stages(stages):
+    x = torch.randn(1, 3, 32, 32)
+    baseline = timm.create_model("plain_cnn8_cifar", channels=[8] * stages, depths=[1] * stages, features_only=True)
+    assert [tuple(level.shape[1:]) for level in baseline(x)] == [(8, 32 >> i, 32 >> i) for i in range(stages)]
+
+
+@pytest.mark.parametrize("shipped", [(), ("cifar100",), ("cifar10", "cifar100")])
+def test_cifar10_is_the_default_whichever_weights_there_are(shipped, tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    for dataset in shipped:
+        (tmp_path / "weights" / f"some_net.{dataset}.safetensors").touch()
+    monkeypatch.setattr(_cifar, "files", lambda package: tmp_path)
+    cfgs = generate_default_cfgs(_cifar.cifar_cfgs("some_net", dict))["some_net"]
+    assert list(cfgs.tags) == ["cifar10", "cifar100"]
+    assert {tag for tag, cfg in cfgs.cfgs.items() if cfg.has_weights} == set(shipped)

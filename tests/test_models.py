@@ -280,8 +280,9 @@ def test_fx_feature_extraction(name):
     assert_close(got["map"], model.forward_intermediates(x, intermediates_only=True)[3 if "ran" in name else 2])
 
 
-def test_init_weights_after_the_meta_device():
-    model = timm.create_model("ran_att56_cifar", device="meta").to_empty(device="cpu")
+@pytest.mark.parametrize("name", SMALL)
+def test_init_weights_after_the_meta_device(name):
+    model = timm.create_model(name, device="meta").to_empty(device="cpu")
     for tensor in model.state_dict().values():
         tensor.fill_(99)
     model.init_weights()
@@ -312,7 +313,7 @@ def test_attention_arguments():
     args = {"mask": "local", "learning": "naive", "mask_act": "spatial", "t": 1}
     model = timm.create_model("ran_att56_cifar", attention_args=args)
     modules = [m for m in model.modules() if isinstance(m, AttentionModule)]
-    assert [(type(m.mask).__name__, m.residual, len(m.trunk), m.mask.head.act.kind) for m in modules] == [
+    assert [(type(m.mask).__name__, m.residual, len(m.trunk), m.mask.head.act.mask_act) for m in modules] == [
         ("LocalMaskBranch", False, 1, "spatial")] * 3
     args = {"act_layer": nn.SiLU, "norm_layer": "groupnorm1", "drop_path": 0.1}
     model = timm.create_model("ran_att56_cifar", attention_args=args)

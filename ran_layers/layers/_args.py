@@ -57,8 +57,8 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     return value
 
 
-def check_unit_layer(value: Any, arguments: Iterable[str]) -> Any:
-    """Return ``value`` if it can be called as the class of a unit, with channels and those keyword ``arguments``.
+def check_unit_layer(value: Any, arguments: Iterable[str], positional: Sequence[str] = ("channels",)) -> Any:
+    """Return ``value`` if it can be called as the class of a unit, with those ``positional`` and keyword arguments.
 
     Raises:
         TypeError: It is no layer class, or one that lacks an argument, which the message names.
@@ -76,10 +76,10 @@ def check_unit_layer(value: Any, arguments: Iterable[str]) -> Any:
     except (TypeError, ValueError):  # not written in Python: what it takes shows when it is called
         return value
     try:
-        signature.bind(1, **dict.fromkeys(arguments))
+        signature.bind(*positional, **dict.fromkeys(arguments))
     except TypeError as error:
         raise TypeError(
-            f"unit_layer must be called with channels and {', '.join(arguments)}; "
+            f"unit_layer must be called with {', '.join(positional)} and {', '.join(arguments)}; "
             f"{getattr(value, '__name__', value)} cannot be: {error}") from None
     return value
 

@@ -17,7 +17,7 @@ MASK_ACTIVATIONS = ("mixed", "channel", "spatial")
 
 
 @torch.fx.wrap
-def in_single_precision_at_least(x: torch.Tensor) -> torch.Tensor:
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Return ``x`` in float32 if it is shorter: squares overflow float16, and the least norm allowed is 0 in it."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -28,17 +28,26 @@ class MaskActivation(nn.Module):
     - ``mixed``: the sigmoid of each value, no constraint. The networks use this one.
     - ``channel``: each position's channels divided by their L2 norm.
     - ``spatial``: each channel's map standardised over its positions, then the sigmoid.
+
+    Shapes:
+        input and output ``(batch, channels, height, width)``.
+
+    Args:
+        mask_act: ``'mixed'``, ``'channel'`` or ``'spatial'``.
+
+    Raises:
+        TypeError, ValueError: ``mask_act`` is none of these.
     """
 
-    def __init__(self, kind: str = "mixed") -> None:
+    def __init__(self, mask_act: str = "mixed") -> None:
         super().__init__()
-        self.kind = check_choice("mask_act", kind, MASK_ACTIVATIONS)
+        self.mask_act = check_choice("mask_act", mask_act, MASK_ACTIVATIONS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kind == "mixed":
+        if self.mask_act == "mixed":
             return torch.sigmoid(x)
-        y = in_single_precision_at_least(x)
-        if self.kind == "channel":
+        y = at_least_float32(x)
+        if self.mask_act == "channel":
             return F.normalize(y, dim=1).to(x.dtype)
         # Not F.instance_norm: it refuses a map of one position in training.
         mean = y.mean(dim=(2, 3), keepdim=True)
@@ -46,7 +55,7 @@ class MaskActivation(nn.Module):
         return torch.sigmoid((y - mean) * torch.rsqrt(var + 1e-5)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return repr(self.kind)
+        return repr(self.mask_act)
 
 
 class MaskHead(nn.Sequential):
@@ -171,11 +180,11 @@ class SoftMaskBranch(nn.Module, HubMixin):
         skips = check_int("skips", mask_depth - 1 if skips is None else skips, 0)
         if skips > mask_depth - 1:
             raise ValueError(f"skips must be at most mask_depth - 1 = {mask_depth - 1}, got {skips}")
-        common: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
-        check_unit_layer(unit_layer, [*common, *unit_args])
+        layer_args: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        check_unit_layer(unit_layer, [*layer_args, *unit_args])
 
         def units(count: int) -> list[nn.Module]:
-            return [unit_layer(channels, **common, **unit_args) for _ in range(count)]
+            return [unit_layer(channels, **layer_args, **unit_args) for _ in range(count)]
 
         self.mask_depth = mask_depth
         self.down = nn.ModuleList(
@@ -186,7 +195,7 @@ class SoftMaskBranch(nn.Module, HubMixin):
             _UpStep(units(1)[0] if level <= skips else None, nn.Sequential(*units(r)))
             for level in range(mask_depth - 1, 0, -1)
         )
-        self.head = MaskHead(channels, mask_act=mask_act, preact=is_preact(unit_layer), **common)
+        self.head = MaskHead(channels, mask_act=mask_act, preact=is_preact(unit_layer), **layer_args)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = check_map_size(x, self.mask_depth)
@@ -200,10 +209,12 @@ class SoftMaskBranch(nn.Module, HubMixin):
         return self.head(upsample_to(x, features.pop()))
 
 
-class LocalMaskBranch(nn.Sequential):
+class LocalMaskBranch(nn.Sequential, HubMixin):
     """Mask branch without down and up steps: units at the trunk's resolution, then the :class:`MaskHead`.
 
     The report's Local Mask Branch, the paper's "local convolutions" (section 4.1, Table 4).
+
+    Saves and loads by itself: ``save_pretrained``, ``push_to_hub``, ``from_pretrained`` (huggingface_hub's mixin).
 
     Shapes:
         input and output ``(batch, channels, height, width)``.
@@ -232,8 +243,8 @@ class LocalMaskBranch(nn.Sequential):
     ) -> None:
         check_int("channels", channels, 1)
         check_int("units", units, 0)
-        common: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
-        check_unit_layer(unit_layer, [*common, *unit_args])
+        layer_args: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        check_unit_layer(unit_layer, [*layer_args, *unit_args])
         super().__init__()
-        self.units = nn.Sequential(*(unit_layer(channels, **common, **unit_args) for _ in range(units)))
-        self.head = MaskHead(channels, mask_act=mask_act, preact=is_preact(unit_layer), **common)
+        self.units = nn.Sequential(*(unit_layer(channels, **layer_args, **unit_args) for _ in range(units)))
+        self.head = MaskHead(channels, mask_act=mask_act, preact=is_preact(unit_layer), **layer_args)

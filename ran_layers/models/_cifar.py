@@ -26,11 +26,16 @@ CIFAR_CLASSES: dict[str, tuple[str, ...]] = {
 
 
 def cifar_cfgs(name: str, cfg: Callable[..., dict[str, Any]], **kwargs: Any) -> dict[str, Any]:
-    """Return the configurations ``NAME.cifar10`` and ``NAME.cifar100``, with the weights the package ships, if any."""
+    """Return the configurations ``NAME.cifar10`` and ``NAME.cifar100``, with the weights the package ships, if any.
+
+    The first is the default of ``NAME``, whichever has weights.
+    """
     cfgs = {}
-    for dataset, (mean, std) in CIFAR_STATS.items():
+    # timm's default is the first that has weights, but for one with a star that comes after it.
+    for dataset, tag in (("cifar100", "cifar100"), ("cifar10", "cifar10*")):
+        mean, std = CIFAR_STATS[dataset]
         weights = files("ran_layers") / "weights" / f"{name}.{dataset}.safetensors"
-        cfgs[f"{name}.{dataset}"] = cfg(
+        cfgs[f"{name}.{tag}"] = cfg(
             num_classes=len(CIFAR_CLASSES[dataset]),
             label_names=CIFAR_CLASSES[dataset],
             input_size=(3, 32, 32),

@@ -49,6 +49,15 @@ def check_stages(**counts: tuple[Sequence[int], int]) -> None:
             check_int(f"{name}[{i}]", entry, least)
 
 
+def feature_cfg(channels: Any, stem_levels: int = 0) -> dict[str, Any]:
+    """Return timm's ``feature_cfg`` of a network: all its levels, as many as it has ``channels`` and those of the stem.
+
+    What is wrong with ``channels`` the network says.
+    """
+    levels = stem_levels + len(channels) if isinstance(channels, Sequence) else 0
+    return dict(out_indices=tuple(range(levels)), flatten_sequential=True)
+
+
 class StagedNet(nn.Module):
     """Base class of the networks: ``head(norm(stages(stem(x))))``.
 
@@ -78,10 +87,17 @@ class StagedNet(nn.Module):
         """Put the classifier behind the last of the feature levels, which ``feature_info`` describes in timm's form."""
         self.feature_info = feature_info
         self.num_features: int = feature_info[-1]["num_chs"]
-        check_choice("global_pool", global_pool, POOLINGS)
+        _check_pooling(global_pool, self.num_classes)
         self.head = ClassifierHead(
             self.num_features, self.num_classes, pool_type=global_pool, drop_rate=self.drop_rate, **dd)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Draw the weights anew, each layer's as PyTorch does; after the meta device, for the first time."""
+        for module in self.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -95,10 +111,13 @@ class StagedNet(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one of ``num_classes`` (0 for none), and the pooling if given."""
+        """Replace the classifier by a new one of ``num_classes`` (0 for none), and the pooling if given.
+
+        Raises:
+            TypeError, ValueError: An argument is outside its range, or there would be a classifier without pooling.
+        """
         check_int("num_classes", num_classes, 0)
-        if global_pool is not None:
-            check_choice("global_pool", global_pool, POOLINGS)
+        _check_pooling(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
         self.num_classes = num_classes
         self.head.in_features = self.num_features  # fewer than at first if stages were pruned
         self.head.reset(num_classes, global_pool)
@@ -118,7 +137,8 @@ class StagedNet(nn.Module):
 
         Args:
             x: Images.
-            indices: Take the last n maps if an int, all if None, those named if a list (0 is the first level).
+            indices: Take the last n maps if an int, all if None, those named if a list or tuple (0 is the first level,
+                -1 the last). They come in the order of the network, each once.
             norm: Apply the final norm to the last stage's map.
             stop_early: Stop at the last map that was asked for.
             output_fmt: 'NCHW', the only form there is; any other raises a ``ValueError``.
@@ -156,7 +176,13 @@ class StagedNet(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Drop what is not needed for the intermediate feature maps ``indices``; return their indices."""
+        """Drop what is not needed for the intermediate feature maps ``indices``; return their indices.
+
+        Args:
+            indices: As in :meth:`forward_intermediates`.
+            prune_norm: Drop the final norm, even if the last stage stays.
+            prune_head: Drop pooling and classifier, even if the last stage stays.
+        """
         levels = self.stem_levels + len(self.stages)
         take_indices, max_index = feature_take_indices(levels, indices)
         cut = max_index < levels - 1
@@ -181,3 +207,10 @@ class StagedNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _check_pooling(global_pool: str, num_classes: int) -> None:
+    """Raise if ``global_pool`` is no pooling, or none where there are classes: a linear layer takes no map."""
+    check_choice("global_pool", global_pool, POOLINGS)
+    if not global_pool and num_classes:
+        raise ValueError(f"global_pool must not be '' for a classifier; give num_classes=0 with it, got {num_classes}")

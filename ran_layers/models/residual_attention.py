@@ -2,12 +2,13 @@
 
 `Residual Attention Network for Image Classification` - https://arxiv.org/abs/1704.06904
 
-Three families share one network class:
+Three families and a network of our own share one class:
 
 - ``ran_att56``, ``ran_att92``, ``ran_attnext56``: the authors' ImageNet networks (Table 2), parameter for parameter.
 - ``ran_att*_cifar_orig``: the paper's CIFAR networks (section 4.1), three stages at 32, 16 and 8 px.
 - ``ran_att*_cifar``: the CIFAR networks of a student report on the paper, a quarter of the ImageNet widths behind a
   stem of stride 2, which makes them the fastest to train.
+- ``ran_att92_cifar_wide``: three times the report's widths behind a stem of stride 1.
 """
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from ..layers._args import LayerType, check_device_dtype, check_int, check_unit_
 from ..layers.residual_unit import is_preact
 from ._cifar import cifar_cfgs
 from ._pretrained import safetensors_only
-from ._timm_interface import Stage, StagedNet, check_stages
+from ._timm_interface import Stage, StagedNet, check_stages, feature_cfg
 
 __all__ = ["ResidualAttentionNet"]
 
@@ -41,9 +42,11 @@ class ResidualAttentionNet(StagedNet):
         mask_depths: Poolings of the soft mask branches in each stage.
         stem_chs: Channels of the stem's convolution.
         stem_type: ``'7x7'`` (stride 2, BN, ReLU, max-pooling of stride 2), ``'3x3s2'`` or ``'3x3'`` (one convolution).
-        unit_layer: The basic unit.
+        unit_layer: The basic unit, a class called with
+            ``(in_channels, out_channels, stride, act_layer=, norm_layer=, drop_path=, device=, dtype=)``.
         attention_args: Arguments of every :class:`~ran_layers.AttentionModule`, each in place of the network's own
-            (``t``, ``r``, ``p``, ``mask``, ``learning``, ``mask_act``, ...).
+            (``t``, ``r``, ``p``, ``mask``, ``learning``, ``mask_act``, ...). ``skips`` may be what one of the stages
+            has room for; the others then have all of theirs. A ``trunk`` keeps its weights.
         num_classes: Number of classes; 0 for none.
         in_chans: Channels of the input image.
         global_pool: timm's pooling name; '' for none.
@@ -79,52 +82,68 @@ class ResidualAttentionNet(StagedNet):
         super().__init__(num_classes, in_chans, drop_rate, drop_path_rate)
         dd = check_device_dtype(device, dtype)
         check_int("stem_chs", stem_chs, 1)
-        unit_args: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
+        layer_args: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
         norm_act = resolve_norm_act(norm_layer, act_layer)
         check_stages(channels=(channels, 1), modules=(modules, 0), closing_units=(closing_units, 0),
                      mask_depths=(mask_depths, 1))
-        check_unit_layer(unit_layer, ["drop_path", *unit_args])
-        shared_args = {"unit_layer": unit_layer, **unit_args, **_check_attention_args(attention_args)}
-        if sum(modules) > 1 and isinstance(shared_args.get("trunk"), nn.Module):
+        check_unit_layer(unit_layer, ["drop_path", *layer_args], ("in_channels", "out_channels", "stride"))
+        shared_args = {"unit_layer": unit_layer, **layer_args, **_check_attention_args(attention_args)}
+        trunk = shared_args.get("trunk")
+        if sum(modules) > 1 and isinstance(trunk, nn.Module):
             raise ValueError(f"attention_args: trunk is one module and cannot be in {sum(modules)} places")
+        mask_depths = [check_int("mask_depth", shared_args.get("mask_depth", depth), 1) for depth in mask_depths]
+        skips = shared_args.get("skips")
+        if skips is not None:
+            check_int("skips", skips, 0)
 
-        self.stem, reduction = _create_stem(stem_type, in_chans, stem_chs, norm_act, dd)
+        self.stem, stride = _create_stem(stem_type, in_chans, stem_chs, norm_act, dd)
         self.stem_levels = 1
-        self.stem_feat_idx = 1 if stem_type == "7x7" else 0  # the last map before the stem's pooling
-        stem_feat = list(self.stem._modules)[self.stem_feat_idx]
-        feature_info: list[dict[str, Any]] = [
-            dict(num_chs=stem_chs, reduction=1 if stem_type == "3x3" else 2, module=f"stem.{stem_feat}")]
+        last = "norm" if "pool" in self.stem._modules else "conv"  # its map before the pooling is the first level
+        self.stem_feat_idx = list(self.stem._modules).index(last)
+        feature_info: list[dict[str, Any]] = [dict(num_chs=stem_chs, reduction=stride, module=f"stem.{last}")]
+        reduction = 2 * stride if "pool" in self.stem._modules else stride
         depths = [1 + m + c for m, c in zip(modules, closing_units)]
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         in_channels = stem_chs
         for i, out_channels in enumerate(channels):
             stride = 1 if i == 0 else 2
             rates = iter(drop_paths[i])
-            module_args = {"mask_depth": mask_depths[i], **shared_args}
-            # A unit that sets channels and resolution, Attention Modules, closing units.
+            module_args = {**shared_args, "mask_depth": mask_depths[i]}
+            if skips is not None and skips < max(mask_depths):
+                module_args["skips"] = min(skips, mask_depths[i] - 1)
+            # The first unit alone changes channels and resolution (Table 2), so that all else may be a module.
             self.stages.append(Stage(nn.Sequential(
-                unit_layer(in_channels, out_channels, stride, drop_path=next(rates), **unit_args),
+                unit_layer(in_channels, out_channels, stride, drop_path=next(rates), **layer_args),
                 *(AttentionModule(out_channels, **{"drop_path": next(rates), **module_args})
                   for _ in range(modules[i])),
-                *(unit_layer(out_channels, drop_path=next(rates), **unit_args) for _ in range(closing_units[i])),
+                *(unit_layer(out_channels, drop_path=next(rates), **layer_args) for _ in range(closing_units[i])),
             )))
             in_channels = out_channels
             reduction *= stride
             feature_info.append(dict(num_chs=out_channels, reduction=reduction, module=f"stages.{i}"))
 
         # Units that are not pre-activated (ResNeXt) end in their own ReLU.
-        self.norm = norm_act(in_channels, **dd) if is_preact(unit_layer) else nn.Identity()
+        last_unit = shared_args["unit_layer"] if modules[-1] and not closing_units[-1] else unit_layer
+        self.norm = norm_act(in_channels, **dd) if is_preact(last_unit) else nn.Identity()
         self.set_head(feature_info, global_pool, dd)
-        self.init_weights()
+        self.init_weights(keep=trunk if sum(modules) else None)
 
     @torch.jit.ignore
-    def init_weights(self) -> None:
-        """He initialisation of the convolutions, small normal weights in the classifier, norms as PyTorch does."""
+    def init_weights(self, keep: nn.Module | None = None) -> None:
+        """He initialisation of the convolutions, small normal weights in the classifier, norms as PyTorch does.
+
+        Args:
+            keep: A module of the network whose weights stay as they are, as those of a trunk that came trained.
+        """
+        kept = set() if keep is None else set(keep.modules())
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.01)
+            if module in kept:
+                continue
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                else:
+                    nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif callable(reset := getattr(module, "reset_parameters", None)):
@@ -148,13 +167,13 @@ def _check_attention_args(value: Any) -> dict[str, Any]:
 
 def _create_stem(
         stem_type: str, in_chans: int, stem_chs: int, norm_act: Any, dd: dict[str, Any]) -> tuple[nn.Sequential, int]:
-    """Return the stem and the reduction of its output."""
+    """Return the stem and the stride of its convolution."""
     stem = nn.Sequential()
     if stem_type == "7x7":
         stem.add_module("conv", nn.Conv2d(in_chans, stem_chs, 7, 2, 3, bias=False, **dd))
         stem.add_module("norm", norm_act(stem_chs, **dd))
         stem.add_module("pool", nn.MaxPool2d(3, 2, 1))
-        return stem, 4
+        return stem, 2
     if stem_type in ("3x3", "3x3s2"):
         stride = 2 if stem_type == "3x3s2" else 1
         stem.add_module("conv", nn.Conv2d(in_chans, stem_chs, 3, stride, 1, bias=False, **dd))
@@ -163,12 +182,10 @@ def _create_stem(
 
 
 def _create_ran(variant: str, pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    channels = kwargs.get("channels", (256, 512, 1024, 2048))
-    levels = len(channels) + 1 if isinstance(channels, Sequence) else 0  # the network says what is wrong with it
     return build_model_with_cfg(
         ResidualAttentionNet, variant, pretrained,
-        feature_cfg=dict(out_indices=tuple(range(levels)), flatten_sequential=True),
-        **safetensors_only(pretrained, kwargs),
+        feature_cfg=feature_cfg(kwargs.get("channels", (256, 512, 1024, 2048)), stem_levels=1),
+        **safetensors_only(variant, pretrained, kwargs),
     )
 
 
@@ -235,7 +252,7 @@ def ran_att92_cifar(pretrained: bool = False, **kwargs: Any) -> ResidualAttentio
 
 @register_model
 def ran_att92_cifar_wide(pretrained: bool = False, **kwargs: Any) -> ResidualAttentionNet:
-    """Our wide Attention-92 for CIFAR: three times the report's widths behind a stem of stride 1."""
+    """Our wide Attention-92 for CIFAR: three times the report's widths, stem of stride 1: 24.0 M parameters."""
     args = dict(channels=(192, 384, 768, 1536), modules=(2, 2, 2, 0), stem_chs=64, stem_type="3x3")
     return _create_ran("ran_att92_cifar_wide", pretrained, **{**args, **kwargs})
 

@@ -29,12 +29,14 @@ class ResNetCifar(ResNet):
     ) -> None:
         if kwargs.get("stem_type"):
             raise ValueError(f"stem_type must be '', the 3x3 stem of this network, got {kwargs['stem_type']!r}")
+        if kwargs.get("replace_stem_pool"):
+            raise ValueError("replace_stem_pool must be False: the stem of this network has no pooling")
         super().__init__(block, layers, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
         net: Any = self  # timm declares these attributes as what its own stems make them
         net.conv1 = nn.Conv2d(in_chans, net.conv1.out_channels, 3, 1, 1, bias=False, device=device, dtype=dtype)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
-        # The stem no longer halves the image, nor the pooling.
+        # Neither the stem nor a pooling reduces the image any more.
         for i, level in enumerate(net.feature_info):
             level["reduction"] //= 2 if i == 0 else 4
 
@@ -53,4 +55,5 @@ default_cfgs = generate_default_cfgs(cifar_cfgs("resnet18_cifar", _cfg, pool_siz
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """ResNet-18 for CIFAR: 11.2 M parameters, 0.56 GMACs at 32 px."""
     args = {"block": BasicBlock, "layers": (2, 2, 2, 2), **kwargs}
-    return build_model_with_cfg(ResNetCifar, "resnet18_cifar", pretrained, **safetensors_only(pretrained, args))
+    variant = "resnet18_cifar"
+    return build_model_with_cfg(ResNetCifar, variant, pretrained, **safetensors_only(variant, pretrained, args))
