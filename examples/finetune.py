@@ -3,6 +3,7 @@
     python examples/finetune.py                                              # to handwritten digits, few of them
     python examples/finetune.py --dataset cifar100 --images 10000 --epochs 5 --data-dir DIR
     python examples/finetune.py --weights runs/RUN/model.safetensors         # from weights of your own
+    python examples/finetune.py --model local-dir:runs/RUN                   # from a network of your own
 
 With a layer decay of 0.7 each layer learns 0.7 times as fast as the next: the early, general ones are nearly kept.
 """
@@ -59,8 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.weights and not args.weights.is_file():
         sys.exit(f"error: --weights {args.weights} is no file")
-    if not args.weights and not timm.models.get_pretrained_cfg(args.model).has_weights:
-        sys.exit(f"error: the package has no weights for {args.model}; name a safetensors file with --weights")
+    if not args.weights and ":" not in args.model:  # of a folder or the Hub, timm says what is missing
+        cfg = timm.models.get_pretrained_cfg(args.model)
+        if not (cfg and cfg.has_weights):
+            sys.exit(f"error: the package has no weights for {args.model}; name a safetensors file with --weights")
     try:
         data = load_dataset(args.dataset, args.data_dir)
     except RunError as error:

@@ -78,11 +78,13 @@ def check_cached(path: Path, name: str) -> None:
     if not path.is_symlink() or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
         return
     if file_hash(blob, git=len(blob.name) == 40) != blob.name:
-        blob.unlink()
-        path.unlink()
-        raise HubError(
-            f"the checksum of {name} is not the one the Hub states: the file was damaged on its way and is removed "
-            f"from the cache; try again")
+        said = f"the checksum of {name} is not the one the Hub states: the file was damaged on its way"
+        try:
+            blob.unlink()
+            path.unlink()
+        except OSError as error:  # a cache that others keep
+            raise HubError(f"{said} and cannot be removed from the cache ({error.strerror}): {blob}") from None
+        raise HubError(f"{said} and is removed from the cache; try again")
 
 
 def refuse_pickle(folder: Path) -> Path:

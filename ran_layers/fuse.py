@@ -68,7 +68,7 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``torch.fx`` cannot trace it; it is then as it was.
+        ValueError: ``torch.fx`` cannot trace it, or it is the result of ``torch.compile``; it is then as it was.
 
     Example:
         >>> import timm
@@ -79,6 +79,8 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r} ({type(model).__name__})")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model must be fused before it is compiled: torch.compile(fuse(model))")
     if not inplace:
         model = copy.deepcopy(model)
     with evaluating(model):
@@ -93,9 +95,10 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
         before = modules.get(source) if len(source.users) == 1 else None
         after: list[Any] = [modules.get(user) for user in node.users]
         act = getattr(norm, "act", None)  # timm's BN with an activation
-        if type(before) in CONVS and source.target not in levels:
+        if type(before) in CONVS and not _ends_between(levels, source, node):
             left = _fold_into_previous(before, norm)
-        elif type(act) is nn.ReLU and after and all(map(_is_pointwise, after)):
+        elif (type(act) is nn.ReLU and after and all(map(_is_pointwise, after))
+              and not any(_ends_between(levels, node, user) for user in node.users)):
             left = _fold_into_next(norm, after)
         else:
             continue
@@ -155,9 +158,18 @@ class _Tracer(torch.fx.Tracer):
 
 
 def _feature_levels(model: nn.Module) -> set[str]:
-    """Return the names of the modules whose outputs a timm model gives as feature maps, and which are to stay."""
+    """Return the names of the modules whose outputs are to stay: a timm model's feature maps, and what has a hook."""
     info: Any = getattr(model, "feature_info", None) or []
-    return set(info.module_name() if hasattr(info, "module_name") else (level["module"] for level in info))
+    levels = info.module_name() if hasattr(info, "module_name") else (level["module"] for level in info)
+    return {*levels, *(name for name, module in model.named_modules() if name and module._forward_hooks)}
+
+
+def _ends_between(levels: set[str], first: torch.fx.Node, second: torch.fx.Node) -> bool:
+    """Whether the first of two modules in a row is in a level, perhaps its last, that the second is not in."""
+    def is_in(node: torch.fx.Node, level: str) -> bool:
+        return node.target == level or str(node.target).startswith(f"{level}.")
+
+    return any(is_in(first, level) and not is_in(second, level) for level in levels)
 
 
 def _trace(model: nn.Module) -> torch.fx.Graph:

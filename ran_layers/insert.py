@@ -19,6 +19,8 @@ Where = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 # The name of the submodule; long, because hosts have attributes called `attention` of their own.
 CHILD = "inserted_attention"
+# By name: to import the last two is slow, and not every build of torch has them.
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 PROBE_SIZE = 224  # pixels of the image that finds the channel counts, for networks that state no size of their own
 
 
@@ -92,8 +94,8 @@ def insert_attention(
     Raises:
         TypeError, ValueError: ``where`` finds no module, or one that cannot be a host: it has an Attention Module
             already, is not run exactly once, or returns no feature map; ``module_args`` are none of an Attention
-            Module, or the module does not fit (``mask_depth`` too large for the map, a ``trunk`` of other channels).
-            The network is then as it was.
+            Module, or the module does not fit (``mask_depth`` too large for the map, a ``trunk`` of other channels);
+            ``model`` is wrapped for several processes. The network is then as it was.
 
     Example:
         >>> import timm
@@ -104,8 +106,7 @@ def insert_attention(
     reserved = sorted({"channels", "device", "dtype"} & module_args.keys())
     if reserved:
         raise TypeError(f"module_args must not hold {', '.join(reserved)}: insert_attention finds them by itself")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {model!r} ({type(model).__name__})")
+    model = _unwrapped(model)
     if not isinstance(example_input, torch.Tensor | None):
         raise TypeError(f"example_input must be a tensor or None, got {type(example_input).__name__}")
     hosts = _find_hosts(model, where)
@@ -144,6 +145,9 @@ def remove_attention(model: nn.Module) -> list[str]:
     Returns:
         The names of the former hosts, in the network's order.
 
+    Raises:
+        TypeError, ValueError: ``model`` is no module, or wrapped for several processes.
+
     Example:
         >>> import timm
         >>> model = timm.create_model("resnet18")
@@ -152,6 +156,7 @@ def remove_attention(model: nn.Module) -> list[str]:
         >>> remove_attention(model) == hosts and model.state_dict().keys() == keys
         True
     """
+    model = _unwrapped(model)
     hosts = {name: host for name, host in model.named_modules() if CHILD in dict(host.named_children())}
     for host in hosts.values():
         hook = getattr(host, CHILD).hook
@@ -160,6 +165,23 @@ def remove_attention(model: nn.Module) -> list[str]:
         delattr(host, CHILD)
     _forget_compiled_graphs()
     return list(hosts)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network that torch.compile wrapped, or ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: It is wrapped for several processes, which would train each its own copy of what is new.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r} ({type(model).__name__})")
+    for module in model.modules():
+        wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in WRAPPERS), None)
+        if wrapper:
+            raise ValueError(f"model must not be wrapped yet: insert and remove Attention Modules before {wrapper}, "
+                             "which knows the parameters that it finds")
+    return getattr(model, "_orig_mod", model)
 
 
 def _forget_compiled_graphs() -> None:
@@ -227,7 +249,10 @@ def _blank_image(model: nn.Module) -> torch.Tensor:
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     channels, *size = cfg.get("input_size") or (3, PROBE_SIZE, PROBE_SIZE)
     first_conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first_conv is not None:  # it, not the configuration, knows of timm's in_chans argument
+    # They, not the configuration, know of timm's in_chans argument; some networks first take pixels into channels.
+    if isinstance(in_chans := getattr(model, "in_chans", None), int):
+        channels = in_chans
+    elif first_conv is not None:
         channels = first_conv.in_channels
     return torch.zeros(1, channels, *size, device=parameter.device, dtype=parameter.dtype)
 
@@ -239,9 +264,14 @@ def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Ten
     def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
         return lambda module, args, output: outputs[name].append(output)
 
+    # Recomputed or compiled, a network calls the children of some hosts without the hosts, or no hooks.
+    modules: list[Any] = list(model.modules())
+    checkpointed = [module for module in modules if getattr(module, "grad_checkpointing", False) is True]
     hooks = [host.register_forward_hook(record(name)) for name, host in hosts.items()]
     try:
-        with evaluating(model), _without_autocast(example_input.device.type):
+        for module in checkpointed:
+            module.grad_checkpointing = False
+        with evaluating(model), _without_autocast(example_input.device.type), _uncompiled():
             model(example_input)
     except Exception as error:
         raise ValueError(
@@ -250,6 +280,8 @@ def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Ten
     finally:
         for hook in hooks:
             hook.remove()
+        for module in checkpointed:
+            module.grad_checkpointing = True
 
     maps = {}
     for name, found in outputs.items():
@@ -269,6 +301,11 @@ def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Ten
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """In it, maps are of the type of the parameters, and so will be the parameters of what is inserted."""
     return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """In it, what is compiled runs as it was written. Where nothing can be, torch's compiler is not even imported."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _run_wide(

@@ -74,7 +74,10 @@ def draw_masks(
 
 
 def predict(model: nn.Module, images: Sequence[Image.Image]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return the masks by module name and the model's outputs for RGB images, all on the CPU in float32."""
+    """Return the masks by module name and the model's outputs for RGB images, all on the CPU in float32.
+
+    The outputs of a model that returns no tensor are empty.
+    """
     to_input, _ = image_transforms(model, 1)
     kind: dict[str, Any] = next(({"device": p.device, "dtype": p.dtype} for p in model.parameters()), {})
     masks: list[dict[str, torch.Tensor]] = []
@@ -82,7 +85,10 @@ def predict(model: nn.Module, images: Sequence[Image.Image]) -> tuple[dict[str, 
     for start in range(0, len(images), BATCH_SIZE):
         inputs = torch.stack([to_input(image) for image in images[start:start + BATCH_SIZE]])
         with record_masks(model) as recorded, evaluating(model):
-            outputs.append(model(inputs.to(**kind)).float().cpu())
+            output = model(inputs.to(**kind))
+        if not isinstance(output, torch.Tensor):  # feature maps, say no classes
+            output = torch.empty(len(inputs), 0, 0)
+        outputs.append(output.float().cpu())
         masks.append({name: mask.float().cpu() for name, mask in recorded.items()})
     return {name: torch.cat([part[name] for part in masks]) for name in masks[0]}, torch.cat(outputs)
 

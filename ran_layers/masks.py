@@ -25,7 +25,7 @@ def record_masks(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: ``model`` has no Attention Module.
+        ValueError: ``model`` has no Attention Module, or is spread over several GPUs by ``nn.DataParallel``.
 
     Example:
         >>> model = timm.create_model("ran_att56_cifar")
@@ -39,10 +39,13 @@ def record_masks(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     def keep(name: str, _module: nn.Module, _args: Any, mask: torch.Tensor) -> None:
         masks[name] = mask
 
+    modules = attention_modules(model)
+    if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
+        raise ValueError("model must not be in nn.DataParallel, whose replicas share the masks; pass its .module")
     with ExitStack() as stack:
         # A compiled graph takes no notice of hooks that were registered after it was made.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for name, module in attention_modules(model).items():
+        for name, module in modules.items():
             stack.enter_context(module.mask.register_forward_hook(partial(keep, name)))
         yield masks
 
@@ -82,14 +85,18 @@ def attention_maps(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Te
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients inside the ``with`` block; afterwards each module's own mode again."""
-    in_training = [module for module in model.modules() if module.training]
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in in_training:
-            module.training = True
+        # Some merge weights or fill a cache in eval(), which only their own train() undoes; it reaches their children.
+        for module, training in modes.items():
+            if type(module).train is not nn.Module.train:
+                module.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def attention_modules(model: nn.Module) -> dict[str, AttentionModule]:

@@ -117,8 +117,17 @@ def test_finetuning_without_weights_says_so(weights: Path) -> None:
         import_module("finetune").main(["--weights", "nowhere.safetensors"])
     with pytest.raises(SystemExit, match=r"error: the package has no weights for ran_att452_cifar_orig.cifar100"):
         import_module("finetune").main(["--model", "ran_att452_cifar_orig.cifar100"])
+    with pytest.raises(SystemExit, match=r"error: the package has no weights for ran_att57_cifar"):
+        import_module("finetune").main(["--model", "ran_att57_cifar"])
     with pytest.raises(SystemExit, match="error: no Parquet files of uoft-cs/cifar100 under"):
         import_module("finetune").main(["--weights", str(weights), "--dataset", "cifar100", "--data-dir", "nowhere"])
+
+
+def test_finetuning_of_a_run_of_ones_own(tmp_path: Path) -> None:
+    source = timm.create_model("plain_cnn8_cifar", channels=(8, 8, 8, 8))
+    timm.models.save_for_hf(source, tmp_path / "run", model_args={"channels": (8, 8, 8, 8)}, safe_serialization=True)
+    report = run("finetune", "--model", f"local-dir:{tmp_path / 'run'}", "--images", "32", "--epochs", "1", *SHORT)
+    assert report["model"] == f"local-dir:{tmp_path / 'run'}"
 
 
 def test_segmentation_runs_and_its_labels_fit_its_images() -> None:

@@ -92,6 +92,43 @@ def test_inserted_modules_are_folded_too() -> None:
         assert (ran_layers.fuse(model)(images) - model(images)).abs().max() < 1e-4
 
 
+class Levels(nn.Module):
+    """Feature levels that end in a convolution, or in a normalisation, and a stage somebody listens to."""
+
+    feature_info = (dict(module="first"), dict(module="second"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3))
+        self.norm1 = nn.BatchNorm2d(8)
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 3), BatchNormAct2d(8), nn.Conv2d(8, 8, 3), BatchNormAct2d(8))
+        self.third = nn.Sequential(nn.Conv2d(8, 8, 1))
+        self.norm3 = nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm3(self.third(self.second(self.norm1(self.first(x)))))
+
+
+def test_feature_levels_stay() -> None:
+    model = randomize_norms(Levels())
+    heard: dict[str, torch.Tensor] = {}
+    model.third.register_forward_hook(lambda module, args, output: heard.update(third=output))
+    fused = ran_layers.fuse(model)
+    assert count(fused, nn.BatchNorm2d) == 2  # of four: those inside the second level are folded
+    x = torch.randn(1, 3, 12, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))
+        expected = heard["third"]
+        fused(x)
+        torch.testing.assert_close(heard["third"], expected)
+        torch.testing.assert_close(fused.first(x), model.first(x))
+
+
+def test_a_compiled_network_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model must be fused before it is compiled: torch.compile\(fuse\(model\)\)"):
+        ran_layers.fuse(torch.compile(nn.Sequential(nn.Conv2d(3, 8, 1))))
+
+
 class Awkward(nn.Module):
     """Everything that looks as if it could be folded and must not be."""
 

@@ -1,6 +1,7 @@
 """Loading from the Hub, networks and single layers: real huggingface_hub and timm clients against the stand-in."""
 import functools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hub_fixtures import IMAGES, REPO, edit, full_disk, set_constants
 from ran_layers import AttentionModule, LocalMaskBranch, ResNeXtUnit, SoftMaskBranch
 from ran_layers._download import HubError
 from ran_layers.hub import pull, push_to_hub
+from ran_layers.hub.folder import whole_folder
 
 # --- failures of a download ------------------------------------------------------------------------------------------
 
@@ -92,6 +94,21 @@ def test_pull_into_the_current_folder_or_through_a_link(hub, run_dir, cli, tmp_p
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == sorted(
         path.name for path in (tmp_path / "here").iterdir())
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".here", ".there"))]
+
+
+def test_a_folder_is_written_within_its_file_system_and_as_the_umask_says(tmp_path):
+    (tmp_path / "there").mkdir()
+    with whole_folder(tmp_path / "there") as work:  # which may be a mount point
+        assert work.parent == tmp_path / "there"
+        (work / "file").touch()
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["file"]
+    before = os.umask(0o077)
+    try:
+        with whole_folder(tmp_path / "new"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
 
 
 def test_pull_on_a_full_disk(hub, run_dir, cli, tmp_path):
@@ -208,7 +225,7 @@ def test_layer_arguments_that_are_not_looked_up(tmp_path):
     AttentionModule(8, act_layer=OwnAct, trunk=nn.Identity()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"act_layer was '.*OwnAct'.*pass act_layer= to from_pretrained"):
         AttentionModule.from_pretrained(tmp_path, trunk=nn.Identity())
-    with pytest.raises(ValueError, match="pass trunk= to from_pretrained"):
+    with pytest.raises(ValueError, match=r"trunk was 'torch.nn.Identity' .* which is not stored, only its name; pass tr"):
         AttentionModule.from_pretrained(tmp_path, act_layer=OwnAct)
     AttentionModule.from_pretrained(tmp_path, act_layer=OwnAct, trunk=nn.Identity())
     # A config may not name code to run: not by another module, not by what is no layer.
@@ -216,6 +233,9 @@ def test_layer_arguments_that_are_not_looked_up(tmp_path):
         edit(tmp_path / "config.json", lambda config, name=name: config.update(act_layer={"class": name}))
         with pytest.raises(ValueError, match="is not looked up"):
             AttentionModule.from_pretrained(tmp_path, trunk=nn.Identity())
+    edit(tmp_path / "config.json", lambda config: config.update(act_layer={"partial": "os.system"}))
+    with pytest.raises(ValueError, match="act_layer is no partial of a class in this layer's config.json"):
+        AttentionModule.from_pretrained(tmp_path, trunk=nn.Identity())
 
 
 class OwnSignature(AttentionModule):

@@ -333,8 +333,46 @@ def test_a_compiled_network_takes_notice() -> None:
     insert_attention(model, ["layer1.0"])  # no Sequential: its module is run by a hook
     compiled(x).sum().backward()
     assert model.layer1[0].inserted_attention.gamma.grad is not None
-    remove_attention(model)
+    nn.init.ones_(model.layer1[0].inserted_attention.gamma)
+    assert not torch.equal(compiled(x).detach(), before)
+    assert remove_attention(compiled) == ["layer1.0"]
     assert torch.equal(compiled(x).detach(), before)
+    assert insert_attention(compiled, "stages") == ["act1", "layer1", "layer2", "layer3", "layer4"]
+
+
+def test_a_network_that_ran_compiled_or_recomputes_its_activations() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), torch.zeros(1, 3, 16, 16)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(x)
+    assert insert_attention(model, ["0", "1"], example_input=x) == ["0", "1"]
+
+    model = with_size("resnet18", 64)
+    model.set_grad_checkpointing()
+    assert insert_attention(model, "layer2") == ["layer2"]
+    assert model.grad_checkpointing
+    nn.init.ones_(model.layer2.inserted_attention.gamma)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(p.grad is not None for p in model.layer2.inserted_attention.parameters())
+
+
+def test_a_network_wrapped_for_several_processes_is_refused() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 8, 3)))
+        for change in (lambda: insert_attention(model, "module.0"), lambda: remove_attention(model)):
+            with pytest.raises(ValueError, match="before DistributedDataParallel, which knows the parameters"):
+                change()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_network_that_takes_pixels_into_channels_first() -> None:
+    class Folding(nn.Sequential):
+        in_chans = 3
+
+    model = Folding(nn.PixelUnshuffle(4), nn.Conv2d(48, 8, 1), nn.ReLU())
+    assert insert_attention(model, "2") == ["2"]
 
 
 def test_autocast_changes_neither_outputs_nor_parameters() -> None:

@@ -53,6 +53,37 @@ def test_any_network_with_a_module_in_it():
     assert attention_maps(AttentionModule(4), torch.randn(1, 4, 5, 6))[""].shape == (1, 4, 5, 6)
 
 
+class Cached(nn.Module):
+    """Fills a cache in evaluation, as timm's LeViT does; training clears it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.cache = None
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.cache = None if mode else self.cache
+        return self
+
+    def forward(self, x):
+        if self.training:
+            return x + self.bias
+        if self.cache is None:
+            self.cache = self.bias.detach().clone()
+        return x + self.cache
+
+
+def test_what_evaluation_alone_keeps_is_gone_in_training():
+    net = nn.Sequential(Cached(), AttentionModule(4), Cached().eval()).train()
+    net[2].eval()
+    modes = [module.training for module in net.modules()]
+    attention_maps(net, torch.randn(1, 4, 6, 6))
+    assert [module.training for module in net.modules()] == modes
+    assert net[0].cache is None
+    assert net[2].cache is not None
+
+
 def test_features_only():
     features = timm.create_model("ran_att56_cifar", features_only=True)
     maps = attention_maps(features, torch.randn(1, 3, 32, 32))

@@ -89,6 +89,13 @@ def test_the_picture_is_a_grid_of_images_and_masks(model):
     assert [each[0][1] for each in found] == sorted(each[0][1] for each in found)  # from left to right
 
 
+def test_a_network_of_features_has_masks_and_no_classes():
+    features = timm.create_model("ran_att56_cifar", features_only=True)
+    masks, outputs = predict(features, [Image.new("RGB", (32, 32))] * 3)
+    assert len(masks) == 3
+    assert top_classes(features, outputs, 1) == [[]] * 3
+
+
 def test_many_modules_go_into_blocks():
     net = timm.create_model("ran_att128_cifar_orig", num_classes=0)
     picture = draw_masks(net, [Image.new("RGB", (32, 32))], tile=32, title="many")

@@ -1,6 +1,6 @@
 """Write a folder as a whole or not at all."""
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +16,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         OSError: It cannot be written; the message names ``folder`` and why (a full disk, no permission).
     """
     given, folder = folder, folder.resolve()
+    there = folder.is_dir()
+    # In a folder that is there already: it may be a file system of its own, and files are not renamed across two.
+    work = (folder if there else folder.parent) / f".{folder.name}-{secrets.token_hex(4)}"
     try:
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        work.mkdir()
     except OSError as error:
         raise OSError(f"{given} cannot be written: {error.strerror}") from None
     try:
         yield work
-        work.chmod(0o755)
-        if folder.is_dir():
-            for old in folder.iterdir():
+        if there:
+            for old in set(folder.iterdir()) - {work}:
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
             for new in work.iterdir():
                 new.rename(folder / new.name)

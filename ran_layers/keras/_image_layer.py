@@ -34,10 +34,11 @@ class ImageLayer(keras.layers.Layer):
     @property
     def shared_args(self) -> dict[str, Any]:
         """What a sublayer takes over from this layer."""
-        return {"data_format": self.data_format, "dtype": self.dtype_policy}
+        # Keras freezes the sublayers that are there when `trainable` is set, not those that are built later.
+        return {"data_format": self.data_format, "dtype": self.dtype_policy, "trainable": self.trainable}
 
     def norm(self, name: str) -> "BatchNormReLU":
-        return BatchNormReLU(self.channel_axis, name=name, dtype=self.dtype_policy)
+        return BatchNormReLU(self.channel_axis, name=name, dtype=self.dtype_policy, trainable=self.trainable)
 
     def conv(self, channels: int, kernel_size: int, stride: int = 1, *, name: str) -> keras.layers.Layer:
         return conv2d(channels, kernel_size, stride, name=name, **self.shared_args)
@@ -82,9 +83,9 @@ class BatchNormReLU(keras.layers.BatchNormalization):
         decayed = self.momentum * ops.convert_to_tensor(self.moving_variance)
         outputs = super().call(inputs, training=training, mask=mask)
         if training and self.trainable:
-            count = ops.cast(ops.size(inputs), decayed.dtype) / inputs.shape[self.axis]
-            biased = self.moving_variance - decayed
-            self.moving_variance.assign(decayed + biased * count / ops.maximum(count - 1, 1))
+            count = ops.cast(ops.size(inputs), "float32") / inputs.shape[self.axis]  # float16 ends at 65504
+            correction = ops.cast(count / ops.maximum(count - 1, 1), decayed.dtype)
+            self.moving_variance.assign(decayed + (self.moving_variance - decayed) * correction)
         return ops.relu(outputs)
 
 

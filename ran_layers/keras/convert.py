@@ -27,7 +27,8 @@ def load_torch_weights(layer: keras.layers.Layer, state: Mapping[str, Any] | str
 
     Args:
         layer: A built layer of ``ran_layers.keras`` or one of its networks.
-        state: A state dict (of PyTorch tensors in memory or NumPy arrays), or the path of a ``.safetensors`` file.
+        state: A state dict (of PyTorch tensors of any device and type, or of NumPy arrays), or the path of a
+            ``.safetensors`` file.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -42,7 +43,7 @@ def load_torch_weights(layer: keras.layers.Layer, state: Mapping[str, Any] | str
     """
     state = dict(state) if isinstance(state, Mapping) else read_safetensors(state)
     # PyTorch counts the batches, for a running average without momentum that nothing here uses.
-    state = {name: np.asarray(value) for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    state = {name: _to_array(value) for name, value in state.items() if not name.endswith("num_batches_tracked")}
     variables = _named_variables(layer)
     if not variables:
         raise ValueError(f"layer must have been built, got {layer.name!r} without weights; call it or its build()")
@@ -73,7 +74,9 @@ def torch_state_dict(layer: keras.layers.Layer) -> dict[str, np.ndarray]:
         (16, 16, 3, 3)
     """
     return {
-        name: np.array(_to_torch(keras.ops.convert_to_numpy(variable)), order="C")  # a copy in any case
+        # A copy in any case; bfloat16 is a type that PyTorch does not take from NumPy.
+        name: np.array(_to_torch(keras.ops.convert_to_numpy(variable)), order="C",
+                       dtype="float32" if variable.dtype == "bfloat16" else None)
         for name, variable in _named_variables(layer).items()
     }
 
@@ -92,10 +95,23 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
 def _named_variables(layer: keras.layers.Layer) -> dict[str, Any]:
     """Return the layer's variables by their names in PyTorch."""
     named = {}
-    for variable in layer.weights:
-        *modules, leaf = variable.path.removeprefix(f"{layer.path}/").split("/")
-        named[".".join([*modules, ""]).replace("_", ".") + TORCH_NAMES[leaf]] = variable
+    # Within its own layer a path is the same wherever that was built; a model's path depends on the scope it was in.
+    parts = [(f"{part.name}/", part) for part in layer.layers] if isinstance(layer, keras.Model) else [("", layer)]
+    for prefix, part in parts:
+        for variable in part.weights:
+            *modules, leaf = (prefix + variable.path.removeprefix(f"{part.path}/")).split("/")
+            if leaf not in TORCH_NAMES:
+                raise ValueError(f"layer must be one of ran_layers.keras or a network of them, got {layer.name!r} with "
+                                 f"the variable {variable.path!r}, which no PyTorch layer here has")
+            named[".".join([*modules, ""]).replace("_", ".") + TORCH_NAMES[leaf]] = variable
     return named
+
+
+def _to_array(value: Any) -> np.ndarray:
+    """Return a PyTorch tensor, or what NumPy takes, as an array."""
+    if hasattr(value, "detach"):  # NumPy takes no tensor of a GPU, none with a gradient, and no bfloat16
+        value = value.detach().cpu().double()
+    return np.asarray(value)
 
 
 def _to_keras(value: np.ndarray) -> np.ndarray:

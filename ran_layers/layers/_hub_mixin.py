@@ -133,7 +133,10 @@ def decode(name: str, value: Any) -> Any:
         return value
     if "partial" in value:
         args, kwargs = decode(name, value.get("args", [])), decode(name, value.get("kwargs", {}))
-        return functools.partial(decode(name, value["partial"]), *args, **kwargs)
+        try:
+            return functools.partial(decode(name, value["partial"]), *args, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"{name} is no partial of a class in this layer's config.json ({error})") from None
     if value.keys() == {"dtype"} and isinstance(getattr(torch, str(value["dtype"]), None), torch.dtype):
         return getattr(torch, value["dtype"])
     if value.keys() == {"class"}:
@@ -144,9 +147,9 @@ def decode(name: str, value: Any) -> Any:
             return found
     if value.keys() in ({"class"}, {"instance"}, {"dtype"}):
         what = next(iter(value.values()))
-        raise ValueError(
-            f"{name} was {what!r} when this layer was saved, which is not looked up (only classes of "
-            f"{', '.join(CLASS_SOURCES)} are); pass {name}= to from_pretrained")
+        why = "which is not stored, only its name" if "instance" in value else \
+            f"which is not looked up (only classes of {', '.join(CLASS_SOURCES)} are)"
+        raise ValueError(f"{name} was {what!r} when this layer was saved, {why}; pass {name}= to from_pretrained")
     return {key: decode(name, item) for key, item in value.items()}
 
 

@@ -116,6 +116,29 @@ def test_keras_file_and_any_size(tmp_path):
     assert model.predict(np.zeros((1, 11, 10, 4)), verbose=0).shape == (1, 6, 5, 8)
 
 
+def test_what_is_frozen_stays_frozen(tmp_path):
+    """In the constructor, and after saving; Keras itself freezes only the sublayers that are there already."""
+    inputs = keras.Input((6, 6, 4))
+    frozen = rk.AttentionModule(p=0, t=1, trainable=False)
+    model = keras.Model(inputs, keras.layers.Dense(2)(rk.ResidualUnitDown(name="unit")(frozen(inputs))))
+    model.get_layer("unit").trainable = False
+    model.save(tmp_path / "model.keras")
+    x = rng.normal(size=(2, 6, 6, 4)).astype("float32")
+    for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        assert len(each.trainable_variables) == 2
+        before = each.get_weights()
+        run_keras(each, x, training=True)
+        for weight, expected in zip(each.get_weights(), before):
+            np.testing.assert_array_equal(weight, expected)
+
+
+def test_statistics_in_float16():
+    layer = rk.ResidualUnit(dtype="float16")
+    layer.build((70, 16, 16, 4))  # more positions than float16 has numbers for
+    run_keras(layer, rng.normal(size=(70, 16, 16, 4)).astype("float16"), training=True)
+    assert all(np.isfinite(weight).all() for weight in layer.get_weights())
+
+
 @pytest.mark.parametrize("create", [
     rk.AttentionModule,
     lambda **kwargs: rk.LocalMaskBranch(units=0, mask_act="channel", **kwargs),
@@ -206,3 +229,23 @@ def test_load_refuses_other_weights():
         rk.load_torch_weights(layer, {**state, "conv2.weight": np.zeros((2, 2, 1, 1))})
     for value, expected in zip(layer.get_weights(), before):
         np.testing.assert_array_equal(value, expected)
+
+
+def test_loads_any_state_dict():
+    """Of parameters with their gradients, in bfloat16, into a layer that was built in a scope; and back."""
+    module = ran_layers.AttentionModule(4, p=0, t=1)
+    with keras.name_scope("scope"):
+        layer = rk.AttentionModule(p=0, t=1)
+        layer.build((None, 6, 6, 4))
+        model = keras.Sequential([keras.Input((6, 6, 4)), rk.ResidualUnit(name="unit")], name="model")
+    state = module.bfloat16().state_dict(keep_vars=True)
+    rk.load_torch_weights(layer, state)
+    np.testing.assert_array_equal(rk.torch_state_dict(layer)["trunk.0.conv1.weight"],
+                                  state["trunk.0.conv1.weight"].detach().float().numpy())
+    assert "unit.conv1.weight" in rk.torch_state_dict(model)
+    layer = rk.ResidualUnit(dtype="bfloat16")
+    layer.build((None, 6, 6, 4))
+    assert {value.dtype.name for value in rk.torch_state_dict(layer).values()} == {"float32"}
+    with pytest.raises(ValueError, match=r"with the variable '.*', which no PyTorch layer here has"):
+        rk.torch_state_dict(keras.Sequential([keras.Input((4, 4, 3)), keras.layers.GroupNormalization(1),
+                                              keras.layers.PReLU()]))
