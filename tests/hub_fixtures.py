@@ -1,7 +1,6 @@
 """What the tests of publishing share: the stand-in for the Hub, a training run's folder, the command line."""
 import contextlib
 import json
-import resource
 import sys
 import time
 
@@ -38,7 +37,8 @@ def hub(monkeypatch, tmp_path):
             HUGGINGFACE_CO_URL_TEMPLATE=server.url + "/{repo_id}/resolve/{revision}/{filename}",
             HF_TOKEN_PATH=str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", server.writer)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        for name in ("NO_PROXY", "no_proxy"):  # where both are set, the latter counts
+            monkeypatch.setenv(name, "127.0.0.1,localhost")
         monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits before each new attempt
         yield server
 
@@ -123,6 +123,7 @@ def edit(file, change):
 @contextlib.contextmanager
 def full_disk(free=2000):
     """Let no file of this process grow beyond ``free`` bytes, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="this system has no limit on a file's size")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (free, limits[1]))
     try:

@@ -29,7 +29,15 @@ def test_augmentations_do_what_they_say():
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(x[:, 2], (images[..., 2].float() - 3) / 2)
     assert torch.allclose(augment.rotate_shift(x, 0, 0, generator), x, atol=1e-4)
-    assert augment.resize(x, 24).shape == (64, 3, 24, 24)
+    ramp = torch.arange(32.0).expand(256, 1, 32, 32)
+    moved = augment.rotate_shift(ramp, 0, 0.1, generator)[:, 0, 16, 16] - 16
+    assert 2.5 < moved.abs().max() <= 3.2 + 1e-3  # a tenth of 32 pixels
+    turned = augment.rotate_shift(ramp, 15, 0, generator)[:, 0]
+    angle = torch.atan2(turned[:, 17, 16] - turned[:, 16, 16], turned[:, 16, 17] - turned[:, 16, 16]).rad2deg()
+    assert 12 < angle.abs().max() <= 15.1
+    small = augment.resize(x, 24)
+    assert small.shape == (64, 3, 24, 24)
+    assert torch.allclose(small.mean((2, 3)), x.mean((2, 3)), atol=2)
     erased = (augment.cutout(torch.ones(64, 3, 32, 32), 8, generator) == 0).sum(dim=(1, 2, 3))
     assert erased.max() == 3 * 64
     assert erased.min() >= 3 * 16
@@ -41,6 +49,7 @@ def test_augmentations_do_what_they_say():
         mixed, mixed_targets = augment.mix(flat, targets, mixup, cutmix, generator)
         assert torch.allclose(mixed_targets.sum(1), torch.ones(64))
         assert torch.allclose(mixed.mean((1, 2, 3)), mixed_targets @ torch.arange(10.0), atol=1e-4)
+        assert not torch.equal(mixed, flat)
 
 
 def test_cutout_erases_the_same_part_of_smaller_images():

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import socket
+import sys
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -76,6 +77,7 @@ def test_what_cannot_be_served_gets_one_line(run_dir, monkeypatch, capsys):
     assert 'pip install "ran-layers[demo]"' in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux only")
 def test_it_binds_where_it_is_told(run_dir, serve, capsys):
     # All of 127.0.0.0/8 is this machine: a server on 127.0.0.1 does not answer at 127.0.0.2, one on 0.0.0.0 does.
     assert serve(["--model", str(run_dir), "--host", "127.0.0.2"]) == 0

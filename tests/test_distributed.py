@@ -130,6 +130,12 @@ def test_first_losses_with_the_kernels(tmp_path):
     assert abs(one[2] - one[0]) > 0.01, "the steps must matter to the losses that are compared"
     torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=0, atol=1e-5)
 
+    # What two processes saved, one takes up.
+    final = json.loads((tmp_path / "two" / "result.json").read_text())["final"]
+    (tmp_path / "two" / "result.json").unlink()
+    cifar.main(["--resume", "--device", "cpu", "--out", str(tmp_path / "two")])
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["final"] == final
+
 
 IN_DOUBLE = """
 import torch
@@ -163,10 +169,14 @@ def test_first_losses_do_not_depend_on_the_number_of_processes(tmp_path):
 
 
 def test_without_sync_bn_each_process_normalises_its_slice(tmp_path):
-    args = [*SMALL, "--recipe", "quick", "--epochs", "2", "--no-sync-bn", "--out", tmp_path]
-    done = torchrun(BENCHMARKS / "cifar.py", *args)
+    args = [*SMALL, "--recipe", "quick", "--epochs", "4", "--lr", "0.2", "--no-sync-bn", "--precision", "fp32"]
+    done = torchrun(BENCHMARKS / "cifar.py", *args, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "result.json").read_text())["settings"]["bn_batch"] == 16
+    cifar.main([*args, "--out", str(tmp_path / "one")])
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    assert (one["settings"]["bn_batch"], two["settings"]["bn_batch"]) == (32, 16)
+    # With the statistics of the global batch they would agree to 1e-5, as above.
+    assert abs(one["epochs"][-1]["train_loss"] - two["epochs"][-1]["train_loss"]) > 1e-3
 
 
 def test_each_process_goes_on_with_its_own_random_numbers(monkeypatch):

@@ -3,9 +3,9 @@
 A page's blocks run one after the other in an empty folder, Python in one namespace, commands in a short form: one step
 of training, a stand-in for the Hub. The few that cannot run are in ``NOT_RUN``, with the reason.
 """
+import importlib
 import importlib.util
 import io
-import json
 import os
 import re
 import shlex
@@ -180,10 +180,27 @@ def run_command(argv: list[str], data: Path | None) -> None:
     elif argv[:3] == ["python", "-m", "ran_layers.maps"]:
         from ran_layers.maps import main
         assert main(argv[3:]) == 0, command
-    elif argv[0] == "python" and argv[1].startswith(("benchmarks/", "docs/", "examples/")):
+    elif argv[0] == "python" and argv[1].startswith("benchmarks/"):
+        parse_arguments(argv[1:])
+    elif argv[0] == "python" and argv[1].startswith(("docs/", "examples/")):
         assert (ROOT / argv[1]).is_file(), command  # tests of their own run them
     else:
         pytest.fail(f"no test runs: {command}")
+
+
+def parse_arguments(argv: list[str]) -> None:
+    """Run a script as far as its arguments are parsed: tests of their own run the rest."""
+    class ParsedError(Exception):
+        """The script goes on to its work."""
+
+    def stop() -> None:
+        raise ParsedError
+
+    module = importlib.import_module(Path(argv[0]).stem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "told_in_one_line", stop)
+        with pytest.raises(ParsedError):
+            module.main(argv[1:])
 
 
 def check_extras(args: list[str]) -> None:
@@ -199,11 +216,13 @@ def check_extras(args: list[str]) -> None:
 def run_study(args: list[str]) -> None:
     """Let the study plan and write in a folder of its own; tests/test_study.py runs small experiments."""
     import study
+    import study_report
 
     docs = Path("study_docs")
     docs.mkdir(exist_ok=True)
     shutil.copyfile(ROOT / "docs" / "results.md", docs / "results.md")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_report, "draw", lambda table, finished: b"")  # tests/test_study.py draws
         patch.setattr(study, "execute", lambda run, args, deadline: False)
         study.main([*args, "--docs", str(docs), "--runs", "study_runs"])
 
@@ -241,44 +260,6 @@ def test_what_is_linked_to_is_there(name):
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text())
     missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
     assert not missing
-
-
-def test_the_readme_quotes_what_was_measured():
-    readme, results = (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
-    differences = re.findall(r"\d+\.\d\d ± \d+\.\d\d", readme)
-    assert len(differences) >= 4
-    assert not [figure for figure in differences if f"+{figure}" not in results and f"-{figure}" not in results]
-    for record in (ROOT / "ran_layers" / "weights").glob("*.json"):
-        run = json.loads(record.read_text())
-        epochs = " + ".join(str(count) for count in (
-            *(earlier["epochs"] for earlier in run.get("earlier", ())), run["settings"]["epochs"]))
-        assert f"**{run['final']['error']:.2f}** (`{run['model']}`, {epochs} epochs)" in readme
-    robustness = json.loads((ROOT / "benchmarks" / "results" / "robustness.json").read_text())["results"]
-    errors = {row["model"]: f"{row['clean']:.2f}" for row in robustness}
-    clean = [errors[f"ran_att{depth}_cifar.{dataset}"] for dataset in ("cifar10", "cifar100") for depth in (56, 92)]
-    assert f"{', '.join(clean[:-1])} and {clean[-1]}" in readme
-
-
-def test_the_readme_quotes_the_speeds_that_were_measured():
-    readme, measured = (ROOT / "README.md").read_text().replace("\n", " "), ROOT / "benchmarks" / "results"
-    speeds = {case["form"]: case["train"]["images_per_s"]
-              for case in json.loads((measured / "throughput.json").read_text())["cases"]
-              if (case["model"], case["batch_size"]) == ("ran_att56_cifar", 256)}
-    assert f"trains `ran_att56_cifar` at {speeds['harness']:.0f} images a second" in readme
-    assert f"reaches {speeds['dataloader']:.0f}." in readme
-    runs = [json.loads(file.read_text()) for file in (measured / "study").glob("*.json")]
-    runs = [run for run in runs if run["model"] == "ran_att56_cifar" and run["hardware"]["device"] == "cuda"]
-    fastest = max(epoch["images_per_s"] for run in runs for epoch in run["epochs"])
-    assert f"single epochs at up to {fastest:,.0f}." in readme
-    slowest, *_, quickest = sorted(run["images_per_s"] for run in runs)
-    assert f"whole trainings went at {slowest:,.0f} to {quickest:,.0f} images a second" in readme
-    for file in (ROOT / "ran_layers" / "weights").glob("*cifar10.json"):
-        run = json.loads(file.read_text())
-        seconds = rf"{run['seconds_to_top1']['90']:.0f} s \(`{run['model']}`; [^)]*\b{run['compile_seconds']:.0f} s\)"
-        assert re.search(seconds, readme), file
-    for row in json.loads((measured / "fuse.json").read_text())["results"]:
-        if row["model"] == "ran_att56_cifar":
-            assert f"{row['speedup']['folded, channels last (fuse)']:.2f} times" in readme
 
 
 class Links(HTMLParser):

@@ -176,14 +176,3 @@ def test_gradient_checkpointing_of_the_layer():
     expected = _gradients(model, model, x)
     got = _gradients(lambda y: torch.utils.checkpoint.checkpoint_sequential(model, 2, y, use_reentrant=False), model, x)
     assert_close(got, expected)
-
-
-def test_gradient_checkpointing_of_the_network():
-    model = timm.create_model("ran_att56_cifar").train()
-    x = torch.randn(2, 3, 32, 32)
-    expected = _gradients(model, model, x)
-    model.set_grad_checkpointing()
-    assert all(stage.grad_checkpointing for stage in model.stages)
-    assert_close(_gradients(model, model, x), expected)
-    model.set_grad_checkpointing(False)
-    assert not any(stage.grad_checkpointing for stage in model.stages)

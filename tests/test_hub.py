@@ -292,7 +292,7 @@ def test_command_line_in_a_process_of_its_own(run_dir, tmp_path):
         "runpy.run_module('ran_layers.hub', run_name='__main__')\n")
     with HubServer() as hub:
         env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.writer, "HF_HOME": str(tmp_path / "home"),
-               "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost",
+               "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
                "PYTHONPATH": str(Path(ran_layers.__file__).parents[1]) + os.pathsep + os.environ.get("PYTHONPATH", "")}
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", script, "push", str(run_dir), REPO],

@@ -231,7 +231,10 @@ def test_act_norm_and_unit_arguments(args):
     module(x).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
     norm, act = module.mask.down[0][1].norm2, args.get("act_layer", nn.ReLU)
-    assert norm.eps == (1e-3 if isinstance(args.get("norm_layer"), functools.partial) else 1e-5) or "norm_layer" in args
+    names = {"groupnorm1": "GroupNorm1Act", "layernorm2d": "LayerNormAct2d"}
+    assert type(norm).__name__ == names.get(args.get("norm_layer"), "BatchNormAct2d")
+    if "norm_layer" not in args or isinstance(args["norm_layer"], functools.partial):
+        assert norm.eps == (1e-3 if "norm_layer" in args else 1e-5)
     assert type(norm.act).__name__.lower() == (act if isinstance(act, str) else act.__name__).lower()
 
 
@@ -242,6 +245,16 @@ def test_stochastic_depth_only_in_training():
     assert 10 < kept.sum() < 54  # of 64; outside with a probability below 1e-7
     unit.eval()
     exact(unit(x), Formula(unit.state_dict()).unit("", x))
+
+
+@pytest.mark.parametrize(("name", "args"), [
+    ("gernet_s", {"attn_layer": AttentionModule}), ("ese_vovnet19b_slim", {"attn": AttentionModule}),
+    ("nfnet_f0", {"attn_layer": AttentionModule, "attn_kwargs": {}})])
+def test_drop_in_for_other_networks_of_timm(name, args):
+    with torch.device("meta"):
+        model = timm.create_model(name, **args)
+        assert any(isinstance(module, AttentionModule) for module in model.modules())
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
 
 
 def test_drop_in_for_timm():

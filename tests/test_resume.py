@@ -1,6 +1,7 @@
 """What may be gone on with: checkpoints as they were written, on the same data, in a folder that nobody else has."""
 import contextlib
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -24,11 +25,18 @@ from test_data import NOISE, encoded, write_parquet
 from timm import create_model
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, to be copied."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run("--epochs", "1", "--out", out)
+    return out
+
+
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
+def out(finished: Path, tmp_path: Path) -> Path:
     """A finished run."""
-    run("--epochs", "1", "--out", tmp_path / "run")
-    return tmp_path / "run"
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

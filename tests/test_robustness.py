@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import robustness
 from evaluate import export_model
+from test_data import write_parquet
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +42,24 @@ def test_corruptions_do_what_they_say(images):
         assert (corrupt(flat, strengths[2]).int() - 77).abs().max() <= 1
 
 
-def test_script(tmp_path, data_dir, capsys):
+def test_corrupted_images_are_harder(tmp_path, data_dir):
     robustness.main(["--data-dir", str(data_dir), "--rows", "100", "--device", "cpu", "--out", str(tmp_path),
+                     "--models", "ran_att56_cifar.cifar10"])
+    (result,) = json.loads((tmp_path / "robustness.json").read_text())["results"]
+    assert result["mean"] > result["clean"]
+
+
+def test_script(tmp_path, capsys):
+    write_parquet(tmp_path / "data", rows=4)
+    robustness.main(["--data-dir", str(tmp_path / "data"), "--rows", "3", "--device", "cpu", "--out", str(tmp_path),
                      "--models", "ran_att56_cifar.cifar10"])
     report = json.loads((tmp_path / "robustness.json").read_text())
     (result,) = report["results"]
-    assert result["rows"] == 100
+    assert result["rows"] == 3
     assert [row["name"] for row in result["corruptions"]] == [row[0] for row in robustness.CORRUPTIONS]
-    assert result["mean"] > result["clean"]
-    assert str(data_dir) not in json.dumps(report)
+    assert str(tmp_path) not in json.dumps(report)
     with pytest.raises(SystemExit) as exit_info:
-        robustness.main(["--models", "ran_att56_cifar.mnist", "--data-dir", str(data_dir)])
+        robustness.main(["--models", "ran_att56_cifar.mnist", "--data-dir", str(tmp_path / "data")])
     assert exit_info.value.code == 2
     assert "error: --models ran_att56_cifar.mnist" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import scaling
 
 
 def test_forms_on_a_gpu_and_on_a_cpu(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4), raising=False)
     cpu = [tuple(form.values()) for form in scaling.forms([1, 2], torch.device("cpu"))]
     assert cpu == [(1, 1, False), (1, 4, False), (2, 2, True), (2, 2, False)]
     cuda = [tuple(form.values()) for form in scaling.forms([1, 8], torch.device("cuda"))]
@@ -20,7 +20,7 @@ def test_forms_on_a_gpu_and_on_a_cpu(monkeypatch):
 
 
 def test_forms_take_turns_and_the_median_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(1))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(1), raising=False)
     speeds = iter([10.0, 18.0, 14.0, 11.0, 19.0, 14.5, 30.0, 17.0, 2.0])
     monkeypatch.setattr(
         scaling, "measure", lambda form, *_: (next(speeds), dict(precision="fp32", cpu_kernels=not form["sync_bn"])))

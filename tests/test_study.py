@@ -1,5 +1,7 @@
 """The study's runner and its tables, on a study of two tiny experiments."""
 import json
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import cifar  # noqa: E402
 import experiments  # noqa: E402
 import scaling  # noqa: E402
 import study  # noqa: E402
@@ -179,7 +182,7 @@ def test_budget_picks_what_fits(tiny, tmp_path):
     assert study.choose(runs, clock, 2.5 * seconds) == (runs[:3], runs[3:])
 
 
-def test_runs_what_is_missing_stops_in_time_and_goes_on(tiny, tmp_path, capfd):
+def test_runs_what_is_missing_stops_in_time_and_goes_on(tiny, tmp_path, capfd, monkeypatch):
     study.main(["--run", "tiny-a", "--epochs", "1", "--seeds", "0", *tiny])
     assert "tiny-a, seed 0, 1 epochs" in capfd.readouterr().out
     (saved,) = (tmp_path / "results").glob("*.json")
@@ -190,14 +193,25 @@ def test_runs_what_is_missing_stops_in_time_and_goes_on(tiny, tmp_path, capfd):
     assert "nothing is missing" in capfd.readouterr().out
     assert saved.read_bytes() == before
 
-    # A deadline in the past: the training starts, is told to stop, and what it saved is gone on with.
+    # A deadline in the past: the training starts and is told to stop.
     args = study.argparse.Namespace(
-        runs=tmp_path / "runs", results=tmp_path / "results", nproc=1, data_dir=None, device=None, precision="fp32")
+        runs=tmp_path / "runs", results=tmp_path / "results", nproc=1, data_dir=None, device="cpu", precision="fp32")
     run = study.Run("tiny-b", 1, 3)
     (tmp_path / "runs" / run.stem).mkdir(parents=True)
     assert not study.execute(run, args, study.time.monotonic())
     assert run.state(args.results, args.runs) in ("missing", "interrupted")
+
+    # One that was stopped after its first step is gone on with.
+    shutil.rmtree(tmp_path / "runs" / run.stem)
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar.Display, "step", lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            cifar.main([*run.experiment.arguments(), "--epochs", "1", "--seed", "3", "--device", "cpu", "--precision",
+                        "fp32", "--out", str(tmp_path / "runs" / run.stem)])
+    assert run.state(args.results, args.runs) == "interrupted"
+    capfd.readouterr()
     assert study.execute(run, args, None)
+    assert "resumed at step 1 of" in capfd.readouterr().out
     assert run.state(args.results, args.runs) == "done"
     assert set(load_results(args.results)) == {"tiny-a", "tiny-b"}
     study.main(["--list", *tiny])

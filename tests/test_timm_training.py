@@ -15,6 +15,8 @@ from timm.models import create_model, load_checkpoint, model_parameters, resume_
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
+NARROW = dict(channels=(64, 128, 256, 512), stem_chs=16)  # every step is of timm's interface, whatever the widths
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -35,7 +37,8 @@ def test_steps_of_the_script(folder):
         model=safe_model_name(name), img_size=64, input_size=None, mean=None, std=None,
         interpolation="", crop_pct=None, opt="sgd")
     utils.random_seed(0)
-    model = create_model(name, num_classes=2, in_chans=3, global_pool=None, drop_rate=0.1, drop_path_rate=0.1)
+    model = create_model(
+        name, num_classes=2, in_chans=3, global_pool=None, drop_rate=0.1, drop_path_rate=0.1, **NARROW)
     model.set_grad_checkpointing(True)
     data_config = resolve_data_config(vars(args), model=model, verbose=False)
     assert data_config["input_size"] == (3, args.img_size, args.img_size)
@@ -80,7 +83,7 @@ def test_steps_of_the_script(folder):
     assert torch.isfinite(loss)
     assert all(not torch.equal(param, other) for param, other in zip(model.parameters(), before))
 
-    again = create_model(name, num_classes=2)
+    again = create_model(name, num_classes=2, **NARROW)
     assert resume_checkpoint(again, str(folder / "last.pth.tar"), optimizer=None, log_info=False) == 2
     torch.testing.assert_close(again.state_dict(), model.state_dict())
     load_checkpoint(again, str(folder / "last.pth.tar"), use_ema=True)
