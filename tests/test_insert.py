@@ -350,6 +350,17 @@ def test_a_network_that_ran_compiled_or_recomputes_its_activations() -> None:
     assert all(p.grad is not None for p in model.layer2.inserted_attention.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_export_follows_what_was_inserted_and_script_does_not() -> None:
+    model, x = with_size("resnet18", 64).eval(), torch.randn(2, 3, 64, 64)
+    insert_attention(model, ["layer1", "layer2.0"])  # a Sequential, and one with a hook
+    for host in (model.layer1, model.layer2[0]):
+        nn.init.constant_(host.inserted_attention.gamma, 0.5)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+    with pytest.raises(RuntimeError):
+        torch.jit.script(model)
+
+
 def test_a_network_wrapped_for_several_processes_is_refused() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:

@@ -85,6 +85,18 @@ def test_the_limit_is_said(photos, run_dir, capsys):
     assert "--limit" in stderr
 
 
+def test_random_weights_are_named_and_single_channels_left_out(photos, capsys):
+    widths = []
+    for channels in ("0", "2"):
+        out = photos / "masks.png"
+        assert main([str(photos / "one.png"), "--model", "ran_att56_cifar_orig", "--channels", channels,
+                     "--out", str(out)]) == 0
+        assert "ran_att56_cifar_orig has no trained weights" in capsys.readouterr().err
+        with Image.open(out) as picture:
+            widths.append(picture.width)
+    assert widths[0] < widths[1]
+
+
 def test_models_by_name_and_by_folder(run_dir):
     net, trained = load_model(str(run_dir))
     assert trained

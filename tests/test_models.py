@@ -268,6 +268,16 @@ def test_training_step(name):
     assert not any(stage.grad_checkpointing for stage in checkpointed.stages)
 
 
+def test_synchronised_norms_keep_their_activations_with_timms_conversion():
+    """As docs/scaling.md says; torch's own conversion drops them, without a word."""
+    model = timm.create_model("ran_att56_cifar", device="meta")
+    for convert, kind in ((timm.layers.convert_sync_batchnorm, "SyncBatchNormAct"),
+                          (nn.SyncBatchNorm.convert_sync_batchnorm, "SyncBatchNorm")):
+        norms = [m for m in convert(copy.deepcopy(model)).modules() if isinstance(m, nn.SyncBatchNorm)]
+        assert len(norms) == 106
+        assert {type(norm).__name__ for norm in norms} == {kind}
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_set_scriptable(script):
     with set_scriptable(True):
