@@ -83,7 +83,8 @@ class BatchNormReLU(keras.layers.BatchNormalization):
         decayed = self.momentum * ops.convert_to_tensor(self.moving_variance)
         outputs = super().call(inputs, training=training, mask=mask)
         if training and self.trainable:
-            count = ops.cast(ops.size(inputs), "float32") / inputs.shape[self.axis]  # float16 ends at 65504
+            dtype = keras.backend.result_type(decayed.dtype, "float32")  # float16 ends at 65504
+            count = ops.cast(ops.size(inputs), dtype) / inputs.shape[self.axis]
             correction = ops.cast(count / ops.maximum(count - 1, 1), decayed.dtype)
             self.moving_variance.assign(decayed + (self.moving_variance - decayed) * correction)
         return ops.relu(outputs)
