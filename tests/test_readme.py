@@ -20,7 +20,7 @@ COMPARISONS = {
     "plain CNN of 8 layers is better than Attention-56 by 5.21,": "-5.21 ± 0.00 | Attention-56 |",
     "and by 8.38 under the report's recipe (one seed)": "-8.38, spread unknown | Attention-56, recipe `report` |",
     "with 17 times the MACs of Attention-56, is better by 7.45 (one seed)": "-7.45, spread unknown | Attention-56 |",
-    "better than Adam: by 2.01 with batches of 32 (one seed)": "+2.01, spread unknown | Nesterov SGD, batch 32 |",
+    "better than Adam: by 1.83 ± 0.25 with batches of 32,": "+1.83 ± 0.25 | Nesterov SGD, batch 32 |",
     "by 3.57 ± 0.64 with 64": "+3.57 ± 0.64 | Nesterov SGD, batch 64 |",
     "by 4.74 ± 1.38 with 256": "+4.74 ± 1.38 | Nesterov SGD, batch 256 |",
     "between 32 and 64 it is too close to call": "-1.22 ± 0.81, too close to call | Nesterov SGD, batch 64 |",
