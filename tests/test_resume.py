@@ -17,12 +17,11 @@ import cifar
 import evaluate
 import trainer
 from checkpoint import FILE_NAME, claim, load_checkpoint
-from distributed import World
 from errors import RunError
 from recipes import make_recipe
 from test_cifar import fails, run
 from test_data import NOISE, encoded, write_parquet
-from timm import create_model
+from test_recipes import make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +76,11 @@ def test_an_edited_checkpoint_is_not_gone_on_with(out, capsys, edit):
 
 
 def test_the_middle_of_an_epoch_is_gone_on_with_on_the_same_kind_of_device():
-    def make() -> trainer.Trainer:
-        model, images = create_model("plain_cnn8_cifar"), torch.zeros(64, 32, 32, 3, dtype=torch.uint8)
-        return trainer.Trainer(
-            model, make_recipe("quick", "digits", {}), images, torch.zeros(64, dtype=torch.long),
-            torch.autocast("cpu", enabled=False), 0, World(), False, "off", False)
-
-    tensors, state = make().state()
-    make().restore(tensors, {**state, "device": "cuda"})
+    recipe = make_recipe("quick", "digits", {})
+    tensors, state = make_trainer(recipe).state()
+    make_trainer(recipe).restore(tensors, {**state, "device": "cuda"})
     with pytest.raises(RunError, match=r"the middle of an epoch on cuda and goes on there \(--device cuda\)"):
-        make().restore(tensors, {**state, "device": "cuda", "step": 1})
+        make_trainer(recipe).restore(tensors, {**state, "device": "cuda", "step": 1})
 
 
 def test_a_checkpoint_without_digest(out, capsys):

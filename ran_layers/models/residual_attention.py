@@ -98,10 +98,12 @@ class ResidualAttentionNet(StagedNet):
 
         self.stem, stride = _create_stem(stem_type, in_chans, stem_chs, norm_act, dd)
         self.stem_levels = 1
-        last = "norm" if "pool" in self.stem._modules else "conv"  # its map before the pooling is the first level
-        self.stem_feat_idx = list(self.stem._modules).index(last)
-        feature_info: list[dict[str, Any]] = [dict(num_chs=stem_chs, reduction=stride, module=f"stem.{last}")]
-        reduction = 2 * stride if "pool" in self.stem._modules else stride
+        layers = list(self.stem._modules)
+        pooled = layers[-1] == "pool"
+        self.stem_feat_idx = len(layers) - 1 - pooled  # the last map before the pooling is the first level
+        feature_info: list[dict[str, Any]] = [
+            dict(num_chs=stem_chs, reduction=stride, module=f"stem.{layers[self.stem_feat_idx]}")]
+        reduction = 2 * stride if pooled else stride
         depths = [1 + m + c for m, c in zip(modules, closing_units)]
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         in_channels = stem_chs
