@@ -94,7 +94,9 @@ def corrupt_labels(labels: torch.Tensor, classes: int, share: float, seed: int) 
 
     The paper's uniform label noise (section 4.1, "Noisy label robustness").
     """
-    generator = torch.Generator().manual_seed(seed)
+    # Not the stream that `seed` itself begins: the trainer's first draw from it says which images are mirrored in which
+    # epochs. torch keeps 32 bits of a seed, so a large number added to it would change nothing.
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, len(labels)]).generate_state(1)[0]))
     wrong = torch.rand(len(labels), generator=generator) < share
     offset = torch.randint(1, classes, (len(labels),), generator=generator)
     return torch.where(wrong, (labels + offset) % classes, labels)

@@ -3,11 +3,13 @@
     python benchmarks/study.py --list                              # every experiment and what is there of it
     python benchmarks/study.py --run att56-cifar10-best            # one of them, all its seeds
     python benchmarks/study.py --table learning --epochs 10        # those of one table, in a short form
-    python benchmarks/study.py --all --budget 120                  # what fits into two hours, missing ones first
+    python benchmarks/study.py --all --budget 120                  # what fits into two hours
     python benchmarks/study.py --report                            # docs/results.md from benchmarks/results/study
+    python benchmarks/study.py --table learning --results mine     # all rows anew, and mine/results.md from them
 
 Experiments are rows of `experiments.py`. Each run is one call of `cifar.py` in a folder of its own, is resumed if it
-was interrupted, and is never run again once its result lies in benchmarks/results/study.
+was interrupted, and is never run again once its result lies in --results: by default benchmarks/results/study, where
+those of other machines lie, which are compared with none of yours if they were trained in another way.
 """
 import argparse
 import json
@@ -40,7 +42,7 @@ from timm import create_model
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "study"
 
 
@@ -140,7 +142,10 @@ class Clock:
 
 
 def choose(runs: list[Run], clock: Clock, seconds: float | None) -> tuple[list[Run], list[Run]]:
-    """Split ``runs`` into those that fit into ``seconds`` together, in their order, and the rest."""
+    """Split ``runs`` into those that fit into ``seconds`` together, in their order, and the rest.
+
+    Where none fits, it is the first: stopped in time it is saved, and gone on with in the next ``seconds``.
+    """
     if seconds is None:
         return runs, []
     chosen, left = [], []
@@ -151,7 +156,7 @@ def choose(runs: list[Run], clock: Clock, seconds: float | None) -> tuple[list[R
             seconds -= estimate
         else:
             left.append(run)
-    return chosen, left
+    return (chosen, left) if chosen else (left[:1], left[1:])
 
 
 def execute(run: Run, args: argparse.Namespace, deadline: float | None) -> bool:
@@ -196,7 +201,6 @@ def execute(run: Run, args: argparse.Namespace, deadline: float | None) -> bool:
         if child.returncode:
             raise RunError(f"{run.title} ended with exit code {child.returncode}; see above")
     load_result(out / "result.json", run.name, run.epochs, run.seed)
-    args.results.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "result.json", run.result(args.results).with_suffix(".tmp"))
     run.result(args.results).with_suffix(".tmp").replace(run.result(args.results))
     return True
@@ -230,10 +234,12 @@ def run_all(names: Sequence[str], args: argparse.Namespace) -> None:
     Raises:
         RunError: Runs failed, which the others do not wait for, or a folder is not to be used, before any run.
     """
-    if args.results.exists() and not args.results.is_dir():
-        raise RunError(f"--results {args.results} is no folder")
-    if args.docs:
-        read_page(args.docs)
+    for flag, folder in (("results", args.results), ("runs", args.runs)):
+        try:  # before hours of training
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"--{flag} {folder} is no folder and cannot be made one ({error.strerror})") from None
+    read_page(args.docs, args.results)
     runs = [run for run in plan(names, args.epochs, args.seeds) if run.state(args.results, args.runs) != "done"]
     clock = Clock(args.results, args.runs, pick_device(args.device))
     seconds = None if args.budget is None else 60 * args.budget
@@ -244,6 +250,9 @@ def run_all(names: Sequence[str], args: argparse.Namespace) -> None:
     if left:
         print(f"{len(left)} of {len(runs)} runs do not fit into {args.budget:g} minutes; the first is {left[0].title}, "
               f"about {duration(clock.seconds(left[0]) or 0)}")
+    estimates = [clock.seconds(run) for run in chosen]
+    if len(chosen) > 1 and None not in estimates:
+        print(f"{len(chosen)} runs, about {duration(sum(filter(None, estimates)))} in all", flush=True)
     failed = []
     try:
         for i, run in enumerate(chosen, 1):
@@ -263,8 +272,10 @@ def run_all(names: Sequence[str], args: argparse.Namespace) -> None:
                 break
             clock.add(json.loads(run.result(args.results).read_text()))
     finally:
-        if args.docs and any(args.results.glob("*.json")):
+        if any(args.results.glob("*.json")):
             write_report(args.results, args.docs)
+    if any(args.results.glob("*.json")):
+        print(f"tables: {args.docs / 'results.md'}")
     if failed:
         raise RunError(f"{len(failed)} of {len(chosen)} runs failed: {'; '.join(failed)}")
 
@@ -288,11 +299,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--nproc", type=positive, default=1, help="processes of torchrun")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "study", help="folder of the runs (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
-    parser.add_argument("--docs", type=Path, help="folder of results.md, which is written anew (default: docs, if "
-                                                  "--results is the default too; otherwise none)")
+    parser.add_argument("--docs", type=Path, help="folder of results.md, whose tables are written anew (default: docs "
+                                                  "with the default --results, otherwise the folder of the results)")
     args = parser.parse_args(argv)
-    if args.docs is None and args.results.resolve() == RESULTS:
-        args.docs = HERE.parent / "docs"
+    if args.docs is None:
+        args.docs = HERE.parent / "docs" if args.results.resolve() == RESULTS else args.results
     with told_in_one_line():
         unknown = sorted(set(args.run or ()) - set(EXPERIMENTS))
         if unknown:
@@ -302,8 +313,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.list:
             list_experiments(args)
         elif args.report:
-            if args.docs is None:
-                raise RunError("--report needs --docs, the folder of the page, where --results is not the repository's")
             write_report(args.results, args.docs)
         else:
             names = args.run or list(EXPERIMENTS)

@@ -1,12 +1,15 @@
 """The finished runs of the study: what `cifar.py` left of each, checked, and grouped by how it was trained."""
 import json
+import math
 import re
 import statistics
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cifar import parse_args
+from environment import machine
 from errors import RunError
 from experiments import EXPERIMENTS
 from recipes import Recipe, make_recipe
@@ -71,13 +74,25 @@ def load_result(file: Path, name: str, epochs: int, seed: int) -> dict[str, Any]
         found = [result["model"], result["dataset"], result["recipe"], settings["epochs"], result["seed"],
                  settings["model_kwargs"]]
         conditions(result)
-        float(result["final"]["error"])
-    except (ValueError, KeyError, TypeError) as error:
+        rounds = len(result["epochs"])
+        # What the tables and the estimates of time read later.
+        figures = [float(result[key]) for key in ("params", "macs", "images_per_s")] + [float(result["final"]["error"])]
+        if not all(map(math.isfinite, figures)) or not all(
+                isinstance(text, str) for text in (machine(result["hardware"]), result["command"])):
+            raise ValueError("not a figure")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{file} is damaged ({error!r}); remove it to run {run} anew") from error
     asked = parse_args([*EXPERIMENTS[name].arguments(), "--epochs", str(epochs), "--seed", str(seed)])
     expected = [asked.model, asked.dataset, asked.recipe, epochs, seed, asked.model_kwargs]
-    others = dict(asked.overrides, label_noise=asked.label_noise, limit=asked.limit, holdout=asked.holdout)
+    # Older results lack the settings that came later, which had the values of today.
+    recipe = asdict(make_recipe(asked.recipe, asked.dataset, asked.overrides))
+    others = {key: value for key, value in recipe.items() if key in settings or key in asked.overrides}
+    others |= dict(label_noise=asked.label_noise, limit=asked.limit, holdout=asked.holdout)
     differing = [key for key, value in json.loads(json.dumps(others)).items() if settings.get(key) != value]
+    if settings.get("initial_checkpoint"):
+        differing.append("initial_checkpoint")
+    if rounds != epochs:
+        differing.append(f"{rounds} epochs are recorded")
     if found != expected or differing:
         raise RunError(f"{file} is of another run than {run}{f' ({differing[0]})' if differing else ''}; remove it, or "
                        "the folder that it is in, to run that")
@@ -92,6 +107,14 @@ def conditions(result: dict[str, Any]) -> tuple[Any, ...]:
     settings = result["settings"]
     return (result["hardware"]["device"], result["versions"]["torch"], result["processes"], settings["precision"],
             settings.get("cpu_kernels", False))
+
+
+def way_of(group: Finished) -> str:
+    """Return what else than the machine decides whether two runs can be compared."""
+    result = next(iter(group.results.values()))
+    settings = result["settings"]
+    kernels = ", fused kernels" if settings.get("cpu_kernels") else ""
+    return f"{settings['precision']}{kernels}, torch {result['versions']['torch']}"
 
 
 def recipe_of(name: str) -> Recipe:

@@ -269,10 +269,14 @@ def resnet18_attention(result: dict[str, Any]) -> str:
         *{f"{run['parameters']:,}" for run in result["runs"] if run["attention"] == attention},
     ) for attention in (False, True)]
     gain, spread = result["gain_in_points"], result["deviation_of_gain"]
-    verdict = "no difference beyond the spread" if abs(gain) <= spread else "a gain" if gain > 0 else "a loss"
+    if spread is None:
+        verdict = "of one seed, with a spread that is not known"
+    else:
+        verdict = f"with a deviation of {spread:.2f}, that is " + (
+            "no difference beyond the spread" if abs(gain) <= 2 * spread else "a gain" if gain > 0 else "a loss")
     return (table(("attention", "accuracy by seed, %", "parameters"), "lrr", rows)
-            + f"\n\n{result['epochs']} epochs of {result['images']:,} images, seeds paired: {gain:+.2f} points with "
-              f"a deviation of {spread:.2f}, that is {verdict}, at {result['time_ratio']:.2f} times the training "
+            + f"\n\n{result['epochs']} epochs of {result['images']:,} images, seeds paired: {gain:+.2f} points "
+              f"{verdict}, at {result['time_ratio']:.2f} times the training "
               f"time ({result['name']}). So short a training tells nothing about long ones.")
 
 

@@ -9,16 +9,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+from data import corrupt_labels
 from distributed import World
 from recipes import RECIPES, Recipe, make_optimizer, make_recipe
 from test_cifar import run
 from trainer import Trainer
 
 
-def make_trainer(recipe: Recipe) -> Trainer:
-    model, images = timm.create_model("plain_cnn8_cifar"), torch.zeros(64, 32, 32, 3, dtype=torch.uint8)
-    return Trainer(model, recipe, images, torch.zeros(64, dtype=torch.long), torch.autocast("cpu", enabled=False), 0,
-                   World(), False, "off", False)
+def make_trainer(recipe: Recipe, rows: int = 64, seed: int = 0) -> Trainer:
+    model, images = timm.create_model("plain_cnn8_cifar"), torch.zeros(rows, 32, 32, 3, dtype=torch.uint8)
+    return Trainer(model, recipe, images, torch.zeros(rows, dtype=torch.long), torch.autocast("cpu", enabled=False),
+                   seed, World(), False, "off", False)
 
 
 @pytest.mark.parametrize("recipe", ["quick", "best"])
@@ -56,6 +57,15 @@ def test_flips():
     assert not torch.equal(first, again)
     assert {make_recipe(name, "digits", {}).flip for name in RECIPES} == {"none"}  # a flipped digit is another one
     assert not make_trainer(make_recipe("best", "digits", {}))._flips(torch.arange(64), 0).any()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_wrong_labels_have_nothing_to_do_with_flips(seed):
+    labels = torch.zeros(4000, dtype=torch.long)
+    wrong = corrupt_labels(labels, 10, 0.5, seed) != labels
+    trainer = make_trainer(make_recipe("best", "cifar10", {}), 4000, seed)
+    mirrored = trainer._flips(torch.arange(4000), 0)
+    assert 0.4 < mirrored[wrong].float().mean() < 0.6
 
 
 def test_the_report_scales_pixels_and_the_others_standardise_them(tmp_path):

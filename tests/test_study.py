@@ -116,7 +116,7 @@ def test_only_runs_of_one_kind_of_training_are_compared(tiny, tmp_path):
     other.write_text(json.dumps(changed))
     study.main(["--report", *tiny])
     page = (tmp_path / "docs" / "results.md").read_text()
-    assert "| 22.00 ± 2.12 (2 seeds) | +1.00 ± 0.71, too close to call | A |" in page  # seeds 0 and 1
+    assert "| 22.00 ± 2.12 (2 seeds) | +1.00 ± 6.35, too close to call | A |" in page  # seeds 0 and 1
     assert "| 90.00 (1 seed) | not compared: trained under other conditions | A |" in page
     for seed in (0, 1):
         (results / f"tiny-b-8ep-seed{seed}.json").unlink()
@@ -136,16 +136,57 @@ def test_tables_show_means_spreads_and_short_runs(tiny, tmp_path):
     assert f"| A | {published} | 40.00 (1 seed) |  |  | 2.00 | 1.0 | **short**: 3 of 8 | {hardware} |" in page
     assert f"| A | {published} | 21.00 ± 1.41 (2 seeds) |  |  | 2.00 | 1.0 | 8 | {hardware} |" in page
     assert "| 45.00 (1 seed) | +5.00, spread unknown | A |" in page
-    assert "| 21.10 ± 0.85 (2 seeds) | +0.10 ± 0.57, too close to call | A |" in page
-    assert "\nfor seed in 0 1; do python benchmarks/cifar.py --seed $seed; done\n" in page
-    assert "\npython benchmarks/study.py --table tiny\n```" in page
-    assert "\npython benchmarks/cifar.py --seed 0\n" in page
+    assert "| 21.10 ± 0.85 (2 seeds) | +0.10 ± 5.08, too close to call | A |" in page
+    both = "python benchmarks/cifar.py --seed $seed --out runs/study/tiny-a-8ep-seed$seed"
+    assert f"\nfor seed in 0 1; do {both}; done\n" in page
+    assert "\npython benchmarks/study.py --table tiny --results runs/results\n```" in page
+    assert "\npython benchmarks/cifar.py --seed 0 --out runs/study/tiny-a-3ep-seed0\n" in page
     assert "old" not in page
     assert page.endswith("after\n")
     assert (tmp_path / "docs" / "assets" / "study-tiny.png").read_bytes().startswith(b"\x89PNG")
     # Written again, it stays as it is.
     write_report(tmp_path / "results", tmp_path / "docs")
     assert (tmp_path / "docs" / "results.md").read_text() == page
+
+
+def test_intervals_are_pooled_over_the_comparisons_trained_alike(tiny, tmp_path, monkeypatch):
+    others = {f"tiny-{letter}": Experiment(**{**TINY, "args": ("--limit", "64", "--lr", rate)})
+              for letter, rate in (("b", "0.01"), ("c", "0.02"), ("d", "0.03"))}
+    monkeypatch.setattr(study_results, "EXPERIMENTS", {**STUDY, **others})
+    rows = (*ROWS, Row("C", "tiny-c", against="tiny-a"), Row("D", "tiny-d", against="tiny-a"))
+    monkeypatch.setattr(study_report, "TABLES", {"tiny": Table("Tiny", "Rates.", rows), "again": Table("", "", rows)})
+    save(tmp_path / "results", "tiny-a", 8, 20.0, 20.0, 20.0)
+    save(tmp_path / "results", "tiny-b", 8, 20.9, 21.1, 21.0)
+    save(tmp_path / "results", "tiny-c", 8, 20.8, 21.6, 21.2)
+    save(tmp_path / "results", "tiny-d", 8, 21.0)
+    save(tmp_path / "results", "tiny-b", 3, 80.0, 90.0)  # another length: no part of it
+    save(tmp_path / "results", "tiny-a", 3, 20.0, 20.0)
+    for file in (tmp_path / "results").glob("tiny-[cd]-*.json"):
+        changed = json.loads(file.read_text())
+        changed["settings"]["lr"] = {"c": 0.02, "d": 0.03}[file.name[5]]
+        file.write_text(json.dumps(changed))
+    study.main(["--report", *tiny])
+    page = (tmp_path / "docs" / "results.md").read_text()
+    # Variances 0.01 and 0.16 of three seeds each: 2.776 * sqrt(0.085 / 3), and 2.776 * 0.4 / sqrt(3) of its own.
+    assert "| +1.00 ± 0.47 | A |" in page
+    assert "| +1.20 ± 0.64 | A |" in page
+    assert "| +1.00 ± 0.81 (1 seed) | A |" in page
+
+
+def test_results_of_ones_own_have_a_page_of_their_own(tiny, tmp_path, monkeypatch):
+    def execute(run, args, deadline):
+        save(args.results, run.name, run.epochs, 30.0)
+        return True
+
+    monkeypatch.setattr(study, "execute", execute)
+    before = (tmp_path / "docs" / "results.md").read_text()
+    study.main(["--table", "tiny", "--epochs", "8", "--seeds", "0", "--results", str(tmp_path / "own" / "results"),
+                "--runs", str(tmp_path / "runs")])
+    page = (tmp_path / "own" / "results" / "results.md").read_text()
+    assert page.startswith("# Results\n")
+    assert "| B |  | 30.00 (1 seed) | +0.00, spread unknown | A |" in page
+    assert (tmp_path / "own" / "results" / "assets" / "study-tiny.png").is_file()
+    assert (tmp_path / "docs" / "results.md").read_text() == before
 
 
 def test_committed_page_is_what_the_committed_results_say(tmp_path):
@@ -171,6 +212,7 @@ def test_budget_picks_what_fits(tiny, tmp_path):
     chosen, left = study.choose(runs, clock, 2.5 * seconds)
     assert (chosen, left) == (runs[:2], runs[2:])
     assert study.choose(runs, clock, None) == (runs, [])
+    assert study.choose(runs, clock, 0.5 * seconds) == (runs[:1], runs[1:]), "the first is begun, and goes on next time"
     # Of one that was interrupted after three of its four epochs, a quarter is left.
     (tmp_path / "runs" / runs[2].stem).mkdir(parents=True)
     with CheckpointWriter(tmp_path / "runs" / runs[2].stem) as writer:
@@ -248,13 +290,18 @@ def test_a_result_of_another_run_is_not_taken(tiny, tmp_path, capsys):
             ({"model": "plain_cnn8_cifar"}, "is damaged"),
             (dict(own, seed=4), "is of another run than tiny-b, seed 3, 1 epochs;"),
             (dict(own, settings=dict(own["settings"], lr=0.2)), "tiny-b, seed 3, 1 epochs (lr);"),
-            (dict(own, settings=dict(own["settings"], label_noise=0.1)), "tiny-b, seed 3, 1 epochs (label_noise);")):
+            (dict(own, settings=dict(own["settings"], label_noise=0.1)), "tiny-b, seed 3, 1 epochs (label_noise);"),
+            (dict(own, settings=dict(own["settings"], cutmix=1.0)), "tiny-b, seed 3, 1 epochs (cutmix);"),
+            (dict(own, settings=dict(own["settings"], initial_checkpoint="ab")), "1 epochs (initial_checkpoint);"),
+            (dict(own, epochs=[]), "tiny-b, seed 3, 1 epochs (0 epochs are recorded);"),
+            (dict(own, final={"error": float("nan")}), "is damaged"),
+            ({key: value for key, value in own.items() if key != "macs"}, "is damaged")):
         (folder / "result.json").write_text(json.dumps(other))
         with pytest.raises(SystemExit) as exit_info:
             study.main(["--run", "tiny-b", "--epochs", "1", "--seeds", "3", *tiny])
         assert exit_info.value.code == 2
         assert message in capsys.readouterr().err
-    assert not (tmp_path / "results").exists()
+    assert not list((tmp_path / "results").iterdir())
     (folder / "result.json").write_text(json.dumps(own))
     study.main(["--run", "tiny-b", "--epochs", "1", "--seeds", "3", *tiny])
     assert (tmp_path / "results" / f"{run.stem}.json").is_file()
@@ -330,7 +377,7 @@ def test_the_page_of_the_repository_is_not_overwritten_from_other_results(tiny, 
     before = repository.read_text()
     monkeypatch.setattr(study, "execute", lambda run, args, deadline: pytest.fail("the folder is checked first"))
     for args, message in (
-            (["--report", "--results", str(tmp_path / "typo")], "error: --report needs --docs"),
+            (["--report", "--results", str(tmp_path / "typo")], f"error: there are no results in {tmp_path / 'typo'}"),
             (["--report", "--results", str(tmp_path / "typo"), "--docs", str(tmp_path / "docs")],
              f"error: there are no results in {tmp_path / 'typo'}"),
             (["--run", "tiny-a", "--docs", str(tmp_path / "typo")], "error: --docs must be a folder with results.md"),
