@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from distributed import gather
+from torch.autograd.function import once_differentiable
 
 SOURCES = Path(__file__).parent / "cpu"
 # The OpenMP runtime is left open: it is torch's own, whose threads are there already, that the loader finds.
@@ -84,11 +86,11 @@ def _convolution_seconds(ours: bool) -> float:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the built kernels, or None where they cannot be built (no compiler, another OpenMP, ...)."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [path for path in map(shutil.which, ("c++", "g++")) if path][:1]
+    if not compiler:
         return None
     sources = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]
-    flags = [*FLAGS, "-DBF16_PRODUCTS"] if multiplies_bf16() else list(FLAGS)
+    flags = [*FLAGS, "-DPREFER_BF16_PRODUCTS"] if multiplies_bf16() else list(FLAGS)
     key = hashlib.sha256(repr((sources, compiler, flags, platform.uname(), _processor("flags"))).encode())
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ran-layers"
@@ -98,7 +100,7 @@ def library() -> ctypes.CDLL | None:
             with tempfile.TemporaryDirectory(dir=cache) as folder:  # then renamed: others may be building it too
                 source, compiled, linked = f"{SOURCES}/kernels.cpp", f"{folder}/kernels.o", f"{folder}/kernels.so"
                 for command in ([*flags, "-c", source, "-o", compiled], ["-shared", compiled, "-o", linked]):
-                    subprocess.run([compiler, *command], check=True, capture_output=True)
+                    subprocess.run([*compiler, *command], check=True, capture_output=True)
                 with open(linked, "rb") as file:
                     os.fsync(file.fileno())  # what is there after a power failure shall be whole: half of it crashes
                 os.replace(linked, built)
@@ -264,6 +266,7 @@ class _BatchNormAct(torch.autograd.Function):
         return y, x
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, = ctx.saved_tensors
         channels = x.shape[1]
@@ -324,6 +327,7 @@ class _NormActConv(torch.autograd.Function):
         return _convolution(x, weight, statistics, stride, other), x
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_y, grad_past = (None if grad is None else _channels_last(grad) for grad in grads)
@@ -347,6 +351,7 @@ class _NormActConvAndShortcut(torch.autograd.Function):
         return _convolution(x, weight, statistics), _convolution(seen, shortcut_weight, statistics)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, shortcut_weight = ctx.saved_tensors
         statistics, positions = ctx.statistics, slice(None, None, ctx.stride)
@@ -372,6 +377,7 @@ class _Gate(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         trunk, logits = ctx.saved_tensors
         grad_trunk, grad_logits = torch.empty_like(trunk), torch.empty_like(logits)

@@ -33,15 +33,30 @@ def use_cpu_kernels(model: nn.Module, synced: bool = False) -> None:
 
 
 def _has_plain_gate(module: AttentionModule) -> bool:
+    mask = module.mask
     return (
-        module.residual and type(module.mask) in (SoftMaskBranch, LocalMaskBranch)
-        and module.mask.head.act.mask_act == "mixed")
+        module.residual and type(mask) in (SoftMaskBranch, LocalMaskBranch) and type(mask.head) in (MaskHead, _MaskHead)
+        and type(mask.head.act) is MaskActivation and mask.head.act.mask_act == "mixed")
+
+
+def _only_run(*modules: nn.Module) -> bool:
+    """Whether to call ``modules`` is to run the forward of their classes.
+
+    Otherwise something looks at what goes in and out, or changes it: hooks, as of pruning and of what
+    `ran_layers.insert_attention` put behind a module, or a forward of the object's own.
+    """
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or "forward" in vars(module) for module in modules)
 
 
 def _norm_fits(norm: nn.BatchNorm2d, x: torch.Tensor) -> bool:
-    return (
-        norm.training and norm.affine and norm.running_mean is not None and norm.momentum is not None
-        and norm.weight.dtype is torch.float32 and fits(x))
+    if not (norm.training and norm.track_running_stats and norm.momentum is not None and fits(x)):
+        return False
+    numbers = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    return norm.num_batches_tracked is not None and all(
+        values is not None and values.dtype is torch.float32 and values.shape == x.shape[1:2] and values.is_contiguous()
+        for values in numbers)
 
 
 class _Norm:
@@ -70,7 +85,8 @@ class _BatchNormAct2d(_Norm, BatchNormAct2d):
         return super().forward(x), x
 
     def fits(self, x: torch.Tensor) -> bool:
-        return type(self.act) in (nn.ReLU, nn.Identity) and type(self.drop) is nn.Identity and _norm_fits(self, x)
+        return (type(self.act) in (nn.ReLU, nn.Identity) and type(self.drop) is nn.Identity
+                and _only_run(self.act, self.drop) and _norm_fits(self, x))
 
 
 def _norm_act_conv(
@@ -79,13 +95,13 @@ def _norm_act_conv(
     """Return ``conv(norm(x)) + other``, and ``x`` for what goes past all that."""
     if _norm_act_fits(norm, x) and _conv_fits(conv, x, other):
         return norm_act_conv(norm, x, conv.weight, conv.stride[0], other, norm.synced)
-    y, past = norm.with_input(x) if isinstance(norm, _BatchNormAct2d) else (norm(x), x)
+    y, past = norm.with_input(x) if isinstance(norm, _BatchNormAct2d) and _only_run(norm) else (norm(x), x)
     y = conv(y)
     return y if other is None else y + other, past
 
 
 def _norm_act_fits(norm: Any, x: torch.Tensor) -> bool:
-    return isinstance(norm, _BatchNormAct2d) and type(norm.act) is nn.ReLU and norm.fits(x)
+    return isinstance(norm, _BatchNormAct2d) and type(norm.act) is nn.ReLU and _only_run(norm) and norm.fits(x)
 
 
 def _conv_fits(conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None) -> bool:
@@ -99,7 +115,8 @@ def _conv_fits(conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None) -> 
 def _has_weight(conv: nn.Conv2d, x: torch.Tensor, size: int) -> bool:
     """Whether ``conv`` has such a weight as the kernels take, of ``size``, for a map like ``x``."""
     computed_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    return x.dtype is computed_in and conv.weight.dtype is torch.float32 and _is_plain(conv, size)
+    return (x.dtype is computed_in and _is_plain(conv, size) and _only_run(conv)
+            and conv.weight.dtype is torch.float32 and conv.weight.shape[1] == x.shape[1])
 
 
 def _is_plain(conv: nn.Conv2d, size: int) -> bool:
@@ -137,14 +154,16 @@ class _ResidualUnit(ResidualUnit):
             preact = self.norm1(x)
             x, shortcut = self.conv1(preact), self.downsample(preact)
         x, _ = _norm_act_conv(self.norm2, self.conv2, x)
-        if type(self.drop_path) is nn.Identity:
+        if type(self.drop_path) is nn.Identity and _only_run(self.drop_path):
             return _norm_act_conv(self.norm3, self.conv3, x, shortcut)[0]
         return self.drop_path(_norm_act_conv(self.norm3, self.conv3, x)[0]) + shortcut
 
 
 class _MaskHead(MaskHead):
+    LAYERS = ["norm1", "conv1", "norm2", "conv2", "act"]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or not hasattr(self, "norm1"):
+        if not self.training or list(self._modules) != self.LAYERS:  # more where an Attention Module was inserted
             return super().forward(x)
         x, _ = _norm_act_conv(self.norm1, self.conv1, x)
         x, _ = _norm_act_conv(self.norm2, self.conv2, x)
@@ -153,7 +172,7 @@ class _MaskHead(MaskHead):
 
 class _AttentionModule(AttentionModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.mask._forward_hooks:  # those who look at the mask shall see the mask
+        if not self.training or not self._ends_in_sigmoid():
             return super().forward(x)
         x = self.pre(check_input(x, self.channels, self.mask_depth))
         trunk, logits = check_trunk_shape(self.trunk(x), x), self._logits(x)
@@ -162,6 +181,12 @@ class _AttentionModule(AttentionModule):
         else:
             x = torch.addcmul(trunk, torch.sigmoid(logits), trunk)
         return self.post(x)
+
+    def _ends_in_sigmoid(self) -> bool:
+        """Whether nothing is behind the sigmoid of the mask, or looks at it: that shall see the mask."""
+        mask = self.mask
+        return (_only_run(mask, mask.head, mask.head.act) and list(mask.head._modules)[-1] == "act"
+                and list(mask._modules)[-1] == "head")
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the mask is the sigmoid of; whoever calls the mask branch otherwise gets the mask."""

@@ -92,7 +92,8 @@ class HalfWeights:
     @torch.no_grad()
     def load(self) -> None:
         """Cast the weights, as they are now."""
-        torch._foreach_copy_(self.half, self.full)
+        if self.half:
+            torch._foreach_copy_(self.half, self.full)
 
     @torch.no_grad()
     def give_gradients(self) -> None:
@@ -100,7 +101,8 @@ class HalfWeights:
         used = [(full, half) for full, half in zip(self.full, self.half) if half.grad is not None]
         for full, _ in used:
             full.grad = torch.empty_like(full)
-        torch._foreach_copy_([full.grad for full, _ in used], [half.grad for _, half in used])
+        if used:  # not where all are frozen
+            torch._foreach_copy_([full.grad for full, _ in used], [half.grad for _, half in used])
         for _, half in used:
             half.grad = None
         if self.counters:

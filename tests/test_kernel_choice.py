@@ -99,6 +99,13 @@ def test_a_resumed_run_measures_nothing_anew(monkeypatch, tmp_path):
     assert json.loads(result.read_text())["settings"]["cpu_kernels"]
 
 
+@needs_compiler
+def test_the_compiler_may_be_a_command_with_arguments(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", f"env {shutil.which('c++') or shutil.which('g++')}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert library.__wrapped__() is not None
+
+
 def test_a_compiler_that_fails_is_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -118,9 +118,10 @@ void conv3x3_backward(const T* grad_y, const T* x, T* grad_norm, const float* sa
     const int64_t part = conv.part();
     const std::vector<int64_t> seen = conv.seen(), seen_from = conv.seen_from();
     Buffer<double> sums(threads * 2 * K, 0);
-    Buffer<float> grad_weights(threads * TAPS * N * K, 0);
+    Buffer<float> grad_weights(threads * TAPS * N * K);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
+        std::fill_n(&grad_weights[thread * TAPS * N * K], TAPS * N * K, 0.f);
         Buffer<Word> activations(positions * part / F::STEP * K), grads(positions_out * part / F::STEP * N);
         Buffer<float> input_grads(part * K);
         const int64_t last = conv.batch * (thread + 1) / threads;

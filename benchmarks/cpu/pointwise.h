@@ -61,9 +61,13 @@ Buffer<typename Factor<T>::Word> backward_words(
 // Adds up what each thread has, in the order of the threads, and keeps the sum alone.
 template <class Number>
 void add_threads(Buffer<Number>& values, int threads) {
-    const int64_t size = values.size() / threads;
-    for (int thread = 1; thread < threads; thread++)
-        for (int64_t i = 0; i < size; i++) values[i] += values[thread * size + i];
+    const int64_t size = values.size() / threads, part = 1024;
+#pragma omp parallel for num_threads(threads) if (values.size() > 65536)
+    for (int64_t first = 0; first < size; first += part) {
+        const int64_t last = std::min(size, first + part);
+        for (int thread = 1; thread < threads; thread++)
+            for (int64_t i = first; i < last; i++) values[i] += values[thread * size + i];
+    }
     values.resize(size);
 }
 
@@ -103,7 +107,7 @@ void pointwise_forward(const T* x, const T* other, T* y, const float* saved, con
 // Rows as a product takes them that sums over their columns ...
 inline const float* words_of_columns(const float* rows, int64_t, Buffer<float>&) { return rows; }
 
-#ifdef BF16_PRODUCTS
+#if BF16_PRODUCTS
 inline const uint32_t* words_of_columns(const BFloat16* rows, int64_t, Buffer<uint32_t>&) {
     return reinterpret_cast<const uint32_t*>(rows);
 }
@@ -118,7 +122,7 @@ inline const float* words_of_columns(const BFloat16* rows, int64_t values, Buffe
 // Where it has one alone, that is the same, and there already.
 inline const float* words_of_rows(const float* words, const void*, int64_t, int64_t, Buffer<float>&) { return words; }
 
-#ifdef BF16_PRODUCTS
+#if BF16_PRODUCTS
 inline const uint32_t* words_of_rows(
         const uint32_t*, const BFloat16* rows, int64_t count, int64_t width, Buffer<uint32_t>& buffer) {
     for (int64_t r = 0; r < count; r += 2)
@@ -143,9 +147,10 @@ void pointwise_backward(const T* grad_y, const T* x, T* grad_norm, const float* 
     const int64_t part = part_rows(K, N);
     const Panels place(K, part / F::STEP);
     Buffer<double> sums(threads * 2 * K, 0);
-    Buffer<float> grad_weights(threads * N * K, 0);
+    Buffer<float> grad_weights(threads * N * K);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
+        std::fill_n(&grad_weights[thread * N * K], N * K, 0.f);
         Buffer<float> grads(part * K), part_sums(2 * K);
         Buffer<Word> activations(part * K), grad_words(part * N);
         const int64_t last = rows * (thread + 1) / threads;

@@ -28,7 +28,7 @@ struct Factor<float> {
     static void store_rows(Word* to, const Floats* rows) { store(to, rows[0]); }
 };
 
-#ifdef BF16_PRODUCTS
+#if BF16_PRODUCTS
 template <>
 struct Factor<BFloat16> {
     typedef BFloat16 Value;

@@ -9,6 +9,14 @@
 #include <immintrin.h>
 #endif
 
+// Whether bfloat16 values are multiplied in pairs: where cpu_kernels.py says that the processor is fast at it, and the
+// compiler has the instruction too.
+#if defined(PREFER_BF16_PRODUCTS) && defined(__AVX512BF16__)
+#define BF16_PRODUCTS 1
+#else
+#define BF16_PRODUCTS 0
+#endif
+
 namespace {
 
 // Floats of a vector, and how many vectors the processor holds. A wider vector than it has would live in memory.
