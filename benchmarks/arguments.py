@@ -2,9 +2,27 @@
 import argparse
 import difflib
 import math
+from typing import Any, NoReturn
 
 from errors import RunError
 from timm import is_model, list_models
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags by their whole names, and errors of one line, as those of what comes after it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
+def not_empty(text: str) -> str:
+    """Parse what a variable that is not set would leave empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def positive(text: str) -> int:

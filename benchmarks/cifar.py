@@ -15,9 +15,10 @@ import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,83 +26,24 @@ import torch
 from arguments import check_models
 from checkpoint import FILE_NAME, CheckpointWriter, claim, load_checkpoint, load_weights
 from cpu_kernels import kernels_pay, why_no_kernels
-from data import DATASETS, Dataset, corrupt_labels, load_dataset
+from data import Dataset, corrupt_labels, load_dataset
 from display import Display, count, duration, show_plan
 from distributed import World, join_world, leave_world
 from environment import command_line, hardware, keep_freed_memory, pick_device, synchronize, versions
 from errors import RunError, told_in_one_line
 from evaluate import evaluate, export_model, load_exported, load_pretrained
-from gpu import COMPILE_MODES, choose_kernels, price_of_determinism
+from gpu import choose_kernels, price_of_determinism
 from network import begin_with, build_model
+from options import check_eval_only, parse_args
 from precision import exact_float32, pick_precision
-from recipes import CHOICES, RECIPES, Recipe, make_recipe
-from result import earlier_runs, print_final, write_result
+from recipes import Recipe, make_recipe
+from result import earlier_runs, print_final, selection, write_result
 from resume import check_data, check_folder, command_to_resume, saved_arguments
 from trainer import Trainer
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
 
 Split = tuple[torch.Tensor, torch.Tensor]  # images and labels
-
-
-def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = None) -> argparse.Namespace:
-    """Parse the command line; ``defaults`` by argument take the place of the parser's own."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="ran_att56_cifar", help="any timm model name")
-    parser.add_argument("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE",
-                        help="arguments of the model, values as JSON, e.g. attention_args='{\"learning\": \"naive\"}'")
-    parser.add_argument("--initial-checkpoint", type=Path, metavar="FILE",
-                        help="begin with the weights of another run, its model.safetensors or checkpoint.safetensors; "
-                             "a classifier of other classes begins anew")
-    parser.add_argument("--dataset", default="cifar10", choices=DATASETS)
-    parser.add_argument("--data-dir", help="Parquet files on disk, in the Hub's layout (default: the Hub)")
-    parser.add_argument("--recipe", choices=RECIPES, help="default: best on a GPU, quick on a CPU")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"),
-                        help="default: bf16 where the processor is clearly faster in it")
-    parser.add_argument("--compile", choices=COMPILE_MODES,
-                        help="what torch.compile compiles (default: units on a GPU, off on a CPU)")
-    parser.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True,
-                        help="under torchrun, batch normalisation over the global batch, not each process's slice")
-    parser.add_argument("--cpu-kernels", action=argparse.BooleanOptionalAction, default=None,
-                        help="on a CPU, fused kernels for normalisations, convolutions and masks, which a C++ compiler "
-                             "builds (default: where they can be had and do not take twice the time of torch's)")
-    parser.add_argument("--holdout", type=int, default=0, metavar="ROWS",
-                        help="keep so many training images out and evaluate each epoch on them")
-    parser.add_argument("--eval-every", type=int, default=0, metavar="EPOCHS",
-                        help="evaluate on the test set as training goes on, for curves; nothing is picked by it")
-    parser.add_argument("--limit", type=int, default=0, metavar="ROWS", help="train on the first ROWS images only")
-    parser.add_argument("--label-noise", type=float, default=0.0, metavar="SHARE",
-                        help="give this share of the training images a wrong label (the paper's section 4.1)")
-    parser.add_argument("--deterministic", action="store_true",
-                        help="same weights from the same seed on a GPU too, and what that costs; a CPU always does so")
-    parser.add_argument("--out", type=Path,
-                        help="folder of the run (default: runs/MODEL-DATASET-RECIPE-SEED, with -further at the end "
-                             "where --initial-checkpoint is given)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
-    parser.add_argument("--eval-only", action="store_true",
-                        help="evaluate the finished run in --out or, without --out, the pretrained weights of --model")
-    group = parser.add_argument_group("hyper-parameters", "override the recipe's")
-    for field in fields(Recipe):
-        flag = "--" + field.name.replace("_", "-")
-        default: Any = field.default
-        assert default is not MISSING
-        if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
-        elif isinstance(default, tuple):
-            group.add_argument(flag, type=float, nargs="*", default=None)
-        else:
-            group.add_argument(flag, type=type(default), choices=CHOICES.get(field.name), default=None)
-    parser.set_defaults(**defaults or {})
-    args = parser.parse_args(argv)
-    args.overrides = {
-        field.name: tuple(value) if isinstance(value, list) else value
-        for field in fields(Recipe) if (value := getattr(args, field.name)) is not None
-    }
-    args.argv = sys.argv[1:] if argv is None else argv
-    return args
 
 
 def train(
@@ -116,21 +58,16 @@ def train(
     for name in ("holdout", "limit", "eval_every"):
         if getattr(args, name) < 0:
             raise RunError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    if args.out is not None and not str(args.out).isprintable():
-        raise RunError(f"--out must be a path of printable characters, got {str(args.out)!r}")
     if not 0 <= args.seed < 2 ** 32:
         raise RunError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
-    recipe_name = args.recipe or ("best" if device.type == "cuda" else "quick")
+    recipe_name = recipe_of(args, device)
     recipe = make_recipe(recipe_name, args.dataset, args.overrides)
     check_models([args.model], "--model")
-    further = "-further" if args.initial_checkpoint else ""  # the folder without it may be that of those weights
-    out: Path = args.out or Path("runs") / f"{args.model}-{args.dataset}-{recipe_name}-{args.seed}{further}"
+    out = folder_of(args, device)
     choose_kernels(args.deterministic)
-    if args.resume and resumed is None:
-        resumed = load_checkpoint(out)
     if recipe.batch_size % world.size:
         raise RunError(f"--batch-size {recipe.batch_size} must be a multiple of the {world.size} processes")
-    suit_the_machine(args, world, device, resumed[1]["settings"] if resumed else {})
+    suit_the_machine(args, world, device, resumed[1] if resumed else {})
     sync_bn = world.size > 1 and args.sync_bn
     # Everything that decides the result; a checkpoint made under other settings is refused.
     settings = dict(
@@ -195,6 +132,11 @@ def train(
     compile_seconds = trainer.compile()
     if world.main and compile_seconds:
         print(f"prepared the steps in {duration(compile_seconds)}", flush=True)
+    args.machine = dict(
+        hardware=hardware(device), versions=versions(), processes=world.size, compile=args.compile,
+        compile_seconds=compile_seconds)
+    if resumed and trainer.step == trainer.total_steps:  # nothing is left to train on this one
+        args.machine = resumed[1].get("machine", args.machine)
     price = None
     if args.deterministic and trainer.replayed:
         price = price_of_determinism(model, trainer.empty_batches()[-1][0], autocast)
@@ -213,14 +155,9 @@ def train(
     result = dict(
         model=args.model, dataset=args.dataset, data_sha256=args.data_sha256, recipe=recipe_name, settings=settings,
         params=params, macs=macs, seed=args.seed, earlier=args.earlier, epochs=trainer.epochs, seconds=trainer.seconds,
-        compile_seconds=compile_seconds, deterministic_price=price,
+        deterministic=args.deterministic, deterministic_price=price, eval_every=args.eval_every,
         images_per_s=trainer.total_steps * recipe.batch_size / sum(row["seconds"] for row in trainer.epochs),
-        hardware=hardware(device), versions=versions(), compile=args.compile,
-        processes=world.size, command=args.command,
-        selection="none: the weights are those of the last step"
-                  + (" (their moving average)" if recipe.ema_decay else "")
-                  + (f"; {args.holdout} training images were held out and watched" if args.holdout else "")
-                  + ("; the test set was watched, nothing was picked by it" if args.eval_every else ""))
+        **args.machine, command=args.command, selection=selection(args.holdout, recipe, trainer.epochs))
     try:
         export_model(trainer.averaged, out, model.model_kwargs)
         write_result(out, data, result, device, autocast)
@@ -228,6 +165,18 @@ def train(
         print("trained, but stopped before the result was written; that is done by: "
               f"{command_to_resume(args, out, world.size)}", flush=True)
         raise
+
+
+def recipe_of(args: argparse.Namespace, device: torch.device) -> str:
+    """Return the name of the recipe."""
+    return args.recipe or ("best" if device.type == "cuda" else "quick")
+
+
+def folder_of(args: argparse.Namespace, device: torch.device) -> Path:
+    """Return the folder of the run."""
+    further = "-further" if args.initial_checkpoint else ""  # the folder without it may be that of those weights
+    default = f"{args.model}-{args.dataset}-{recipe_of(args, device)}-{args.seed}{further}"
+    return args.out or Path("runs") / default
 
 
 def row_of_weights(args: argparse.Namespace, resumed: bool) -> dict[str, str]:
@@ -246,19 +195,23 @@ def suit_the_machine(
     """Decide what the command leaves open: compilation, the kernels of a CPU, and of a resumed run the precision.
 
     What is measured for that may come out otherwise another time or in another process, so the settings of a run that
-    is ``resumed`` hold, and all processes do as the most careful of them.
+    is ``resumed``, whose state is given, hold, and all processes do as the most careful of them.
     """
+    settings, machine = resumed.get("settings", {}), resumed.get("machine", {})
+    if machine and machine["hardware"]["device"] == device.type:
+        args.compile = args.compile or machine["compile"]
     # oneDNN's own kernels are as fast as compiled ones on a CPU.
     args.compile = args.compile or ("units" if device.type == "cuda" else "off")
     if args.cpu_kernels is None:
-        args.cpu_kernels = resumed.get("cpu_kernels")
+        args.cpu_kernels = settings.get("cpu_kernels")
     if args.cpu_kernels is not False:
         obstacle = why_no_kernels(device, args.compile)
         if args.cpu_kernels and obstacle:
-            raise RunError(f"--cpu-kernels are not to be had here: {obstacle}")
+            began = "the run began with --cpu-kernels, which" if resumed else "--cpu-kernels"
+            raise RunError(f"{began} are not to be had here: {obstacle}")
         if args.cpu_kernels is None:
             args.cpu_kernels = not world.any(int(obstacle is not None or not kernels_pay()))
-    args.precision = args.precision or resumed.get("precision")  # None: the network decides
+    args.precision = args.precision or settings.get("precision")  # None: the network decides
 
 
 def split_training_set(args: argparse.Namespace, data: Dataset, recipe: Recipe) -> tuple[Split, Split]:
@@ -274,6 +227,8 @@ def split_training_set(args: argparse.Namespace, data: Dataset, recipe: Recipe) 
         images, labels = images[:-args.holdout], labels[:-args.holdout]
     if recipe.pad >= images.shape[1]:
         raise RunError(f"--pad must be below the {images.shape[1]} pixels of the images, got {recipe.pad}")
+    if recipe.cutout > images.shape[1]:
+        raise RunError(f"--cutout must be at most the {images.shape[1]} pixels of the images, got {recipe.cutout}")
     if not 0 <= args.label_noise <= 1:
         raise RunError(f"--label-noise must be from 0 to 1, got {args.label_noise:g}")
     if args.label_noise:
@@ -311,6 +266,11 @@ def _run_epochs(
         while trainer.step < trainer.total_steps and not stopped:
             try:
                 stopped = trainer.train_epoch(display, lambda: stop["signal"])
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise RunError(f"--batch-size {trainer.recipe.batch_size} is too small for the batch normalisation of "
+                               f"this network ({error})") from error
             except RunError as error:
                 writer.wait()
                 there = (out / FILE_NAME).exists()
@@ -331,7 +291,8 @@ def _run_epochs(
                 data_dir = args.data_dir and str(Path(args.data_dir).resolve())
                 writer.save(tensors, dict(
                     state, settings=settings, data_dir=data_dir, data_sha256=args.data_sha256, earlier=args.earlier,
-                    command=args.command, eval_every=args.eval_every))
+                    command=args.command, eval_every=args.eval_every, deterministic=args.deterministic,
+                    machine=args.machine))
             if row:
                 display.epoch(row)  # after its checkpoint: there may be nobody to print to any more
     return stopped
@@ -339,10 +300,9 @@ def _run_epochs(
 
 def eval_only(args: argparse.Namespace) -> None:
     """Print the accuracy of the run in ``--out`` or, without that, of timm's pretrained weights of ``--model``."""
-    given = parse_args(args.argv, {"model": None, "dataset": None})
-    of_trainings = [name for name in ("recipe", "resume", "initial_checkpoint") if getattr(given, name)]
-    if told := [*given.overrides, *of_trainings]:
-        raise RunError(f"--eval-only trains nothing; leave out --{told[0].replace('_', '-')}")
+    given = check_eval_only(args)
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun the first process alone prints
     device = pick_device(args.device)
     if args.out is None:
         if given.model is None:
@@ -374,9 +334,10 @@ def main(argv: list[str] | None = None) -> None:
         at_the_end.push(leave_world)  # after an error is told
         exact_float32()
         resumed = None
-        if args.resume and args.out:
+        if args.resume and not args.eval_only:
+            args.out = folder_of(args, pick_device(args.device))
             resumed = load_checkpoint(args.out)
-            args = parse_args(argv, saved_arguments(resumed[1]))
+            args = parse_args(argv, {**saved_arguments(resumed[1]), "out": args.out})
         eval_only(args) if args.eval_only else train(args, until_done, resumed)
 
 

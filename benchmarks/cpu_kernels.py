@@ -86,7 +86,8 @@ def _convolution_seconds(ours: bool) -> float:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the built kernels, or None where they cannot be built (no compiler, another OpenMP, ...)."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or [path for path in map(shutil.which, ("c++", "g++")) if path][:1]
+    found = filter(None, map(shutil.which, ("c++", "g++")))
+    compiler = shlex.split(os.environ.get("CXX", "")) or list(found)[:1]
     if not compiler:
         return None
     sources = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]

@@ -159,11 +159,13 @@ class _ResidualUnit(ResidualUnit):
         return self.drop_path(_norm_act_conv(self.norm3, self.conv3, x)[0]) + shortcut
 
 
-class _MaskHead(MaskHead):
-    LAYERS = ["norm1", "conv1", "norm2", "conv2", "act"]
+# Without the first in AttentionNeXt, and more where an Attention Module was inserted.
+_LAYERS_OF_HEAD = ("norm1", "conv1", "norm2", "conv2", "act")
 
+
+class _MaskHead(MaskHead):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or list(self._modules) != self.LAYERS:  # more where an Attention Module was inserted
+        if not self.training or tuple(self._modules) != _LAYERS_OF_HEAD:
             return super().forward(x)
         x, _ = _norm_act_conv(self.norm1, self.conv1, x)
         x, _ = _norm_act_conv(self.norm2, self.conv2, x)

@@ -189,7 +189,7 @@ def _read_parquet(
                                "the files again")
             try:
                 images.append(_decode(blob))  # threads would wait for each other
-            except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
                 raise RunError(f"{file}, row {row}: an image cannot be decoded ({error}); fetch the files again"
                                ) from error
             labels.append(label)

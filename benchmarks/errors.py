@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import re
 import sys
 import textwrap
 import time
@@ -35,9 +36,21 @@ def told_in_one_line() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (RunError, OSError) as error:
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(3)
-        print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr, flush=True)
+        print(f"error: {reason}" if rank == "0" else f"error in process {rank}: {reason}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _reason(error: Exception) -> str | None:
+    """Return what to tell of an error, None if it is none that a command can help."""
+    if isinstance(error, (RunError, OSError)):
+        return str(error) or repr(error)
+    if isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error)):
+        return f"there is not enough memory, of which smaller batches take less ({first_line(error)})"
+    return None

@@ -58,7 +58,8 @@ def count_macs(model: torch.nn.Module, side: int | None = None) -> int:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # With gradients: without them the counter fails where a module is given a parameter, as a token of a transformer.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         channels, *size = model.pretrained_cfg["input_size"]
         model(torch.zeros(1, channels, *([side] * 2 if side else size), device=device))
     model.train(was_training)

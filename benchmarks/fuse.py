@@ -20,7 +20,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
-from arguments import check_models, positive
+from arguments import Parser, check_models, positive
 from checkpoint import write_json
 from environment import command_line, hardware, pick_device, synchronize, versions
 from errors import RunError, told_in_one_line
@@ -79,7 +79,7 @@ def measure(model: nn.Module, images: torch.Tensor, rounds: int) -> dict[str, An
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["ran_att56_cifar", "ran_att92_cifar_orig"])
     parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[1, 64])

@@ -13,6 +13,8 @@ from timm import create_model
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
 
+_OURS = ("num_classes", "in_chans", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "features_only")
+
 
 def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> tuple[Any, int]:
     """Create the network for the data set, with the configuration that is saved beside its weights.
@@ -30,8 +32,10 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> tupl
             kwargs[key] = json.loads(value)
         except ValueError:
             raise RunError(f"--model-kwargs must be KEY=VALUE with VALUE as JSON, got {item}") from None
-        if key in ("num_classes", "pretrained_cfg_overlay", "pretrained"):
+        if key in _OURS:
             raise RunError(f"--model-kwargs {key} follows from the data set and what the run begins with; leave it out")
+        if key == "checkpoint_path":
+            raise RunError(f"--model-kwargs {key} is --initial-checkpoint here, which is recorded")
     if recipe.drop_path:
         kwargs["drop_path_rate"] = recipe.drop_path
     mean, std = (data.mean, data.std) if recipe.standardize else ((0.0,) * 3, (1.0,) * 3)
@@ -41,8 +45,12 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> tupl
     try:
         model = create_model(
             args.model, num_classes=len(data.class_names), pretrained_cfg_overlay=overlay, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise RunError(f"--model {args.model} with {kwargs}: {error}") from error
+    except Exception as error:  # whatever a network makes of arguments that it does not know
+        raise RunError(f"--model {args.model} with {kwargs}: {first_line(error)}") from error
+    shared = [names for names in names_of_parameters(model) if len(names) > 1]
+    if shared:
+        raise RunError(f"--model {args.model} has a parameter under several names ({', '.join(shared[0])}), which "
+                       "model.safetensors cannot hold")
     model.model_kwargs = kwargs
     full = data.train_images.shape[1]
     macs: dict[int, int] = {}
@@ -54,6 +62,14 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> tupl
             raise RunError(f"--model {args.model} does not take images of 3 x {side} x {side}{cause} "
                            f"({first_line(error)})") from error
     return model, macs[full]
+
+
+def names_of_parameters(model: torch.nn.Module) -> list[list[str]]:
+    """Return the names that each parameter of ``model`` has."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return list(found.values())
 
 
 def begin_with(model: Any, weights: dict[str, torch.Tensor], origin: Path) -> None:
@@ -73,4 +89,7 @@ def begin_with(model: Any, weights: dict[str, torch.Tensor], origin: Path) -> No
             shapes = (f"of shape {tuple(held[name].shape)}" if name in held else "not there" for held in (weights, own))
             raise RunError("--initial-checkpoint {}: {} is {}, in the model it is {}; it must be of the same --model "
                            "and --model-kwargs".format(origin, name, *shapes))
+    bad = next((name for name, values in weights.items() if not values.isfinite().all()), None)
+    if bad:
+        raise RunError(f"--initial-checkpoint {origin}: {bad} has values that are NaN or infinite")
     model.load_state_dict(weights)

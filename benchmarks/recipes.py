@@ -102,6 +102,8 @@ def make_recipe(name: str, dataset: str, overrides: dict[str, Any]) -> Recipe:
     if not all(0 <= fraction <= 1 for fraction in fractions) or not all(1 <= n < math.inf for n in pixels):
         raise RunError("--milestones and --resolutions must have fractions from 0 to 1 and at least 1 pixel, got "
                        f"{recipe.milestones} and {recipe.resolutions}")
+    if list(recipe.resolutions[::2]) != sorted(recipe.resolutions[::2]):
+        raise RunError(f"--resolutions must have rising fractions, got {recipe.resolutions}")
     return recipe
 
 

@@ -9,6 +9,7 @@ from data import Dataset
 from display import draw_curves, draw_masks_of, duration
 from errors import RunError
 from evaluate import evaluate, load_exported
+from recipes import Recipe
 
 TOP1_GOALS = (90, 94, 95, 96)
 
@@ -30,6 +31,14 @@ def write_result(
     if picture is not None:
         write_atomic(out / "masks.png", picture)
     print_final(result, f"trained in {duration(result['seconds'])}; saved in {out}")
+
+
+def selection(holdout: int, recipe: Recipe, epochs: list[dict[str, Any]]) -> str:
+    """Say what the weights were chosen by, and which images were looked at during the training."""
+    watched = {row.get("eval_split") for row in epochs}
+    return ("none: the weights are those of the last step" + (" (their moving average)" if recipe.ema_decay else "")
+            + (f"; {holdout} training images were held out and watched" if "held-out" in watched else "")
+            + ("; the test set was watched, nothing was picked by it" if "test" in watched else ""))
 
 
 def earlier_runs(weights: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ def saved_arguments(state: dict[str, Any]) -> dict[str, Any]:
     settings = state["settings"]
     return {
         **settings, "sync_bn": settings["bn_batch"] == settings["batch_size"], "data_dir": state.get("data_dir"),
-        "eval_every": state.get("eval_every", 0),
+        "eval_every": state.get("eval_every", 0), "deterministic": state.get("deterministic", False),
         "initial_checkpoint": None}  # the setting is its digest, and its weights are no longer needed
 
 
@@ -22,6 +22,11 @@ def check_folder(out: Path, settings: dict[str, Any], state: dict[str, Any] | No
     """Refuse a folder that has another run, or, if there is a ``state`` to resume, one of other ``settings``."""
     if state is not None:
         changed = [key for key, value in state["settings"].items() if settings.get(key) != value]
+        if changed == ["bn_batch"]:
+            raise RunError(
+                f"--resume: the run in {out} normalises over batches of {state['settings']['bn_batch']} images of "
+                f"{state['settings']['batch_size']}, this command over {settings['bn_batch']}; with --no-sync-bn it "
+                "takes as many processes as before")
         if changed:
             raise RunError(
                 f"--resume: the checkpoint in {out} has {changed[0]} = {state['settings'][changed[0]]}, this command "
@@ -40,6 +45,7 @@ def check_data(out: Path, digest: str, state: dict[str, Any]) -> None:
 def command_to_resume(args: argparse.Namespace, out: Path, processes: int) -> str:
     """Return the command that goes on with the run in ``out``, as a shell takes it."""
     command = command_line("cifar.py", args.argv, processes=processes, without=())
+    flags = {word.partition("=")[0] for word in args.argv}
     for flag, addition in (("--resume", " --resume"), ("--out", f" --out {shlex.quote(str(out))}")):
-        command += addition if flag not in command else ""
+        command += addition if flag not in flags else ""
     return command

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from arguments import positive
+from arguments import Parser, positive
 from checkpoint import write_json
 from data import DATASETS, SPECS, read_split
 from environment import command_line, hardware, pick_device, versions
-from errors import RunError, told_in_one_line
+from errors import RunError, first_line, told_in_one_line
 from evaluate import evaluate
 from PIL import Image
 from precision import exact_float32
@@ -84,8 +84,8 @@ def measure(name: str, data_dir: str | None, rows: int | None, device: torch.dev
     """
     try:
         model = timm.create_model(name, pretrained=True).eval().to(device, memory_format=torch.channels_last)
-    except (RuntimeError, FileNotFoundError, ValueError) as error:
-        raise RunError(f"--models {name}: {error}") from error
+    except Exception as error:  # timm and safetensors have many names for a missing or damaged file
+        raise RunError(f"--models {name}: {first_line(error)}") from error
     if any(isinstance(module, ran_layers.AttentionModule) for module in model.modules()):
         model = ran_layers.fuse(model)  # the same function up to rounding, faster
     dataset = next((key for key, spec in SPECS.items() if spec.classes == model.num_classes), None)
@@ -111,7 +111,7 @@ def measure(name: str, data_dir: str | None, rows: int | None, device: torch.dev
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--models", nargs="+", metavar="NAME",
                         help="timm models with weights (default: all weights in the package)")

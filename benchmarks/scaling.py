@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from arguments import positive
+from arguments import Parser, positive
 from checkpoint import write_json
 from environment import command_line, hardware, pick_device, versions
 from errors import RunError, told_in_one_line
@@ -57,14 +57,15 @@ def measure(form: dict[str, Any], args: argparse.Namespace, device: torch.device
             env={**os.environ, "OMP_NUM_THREADS": str(form["threads"])}, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            raise RunError(f"the training with {form['processes']} processes failed: "
-                           f"{(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            told = [line for line in lines if line.startswith("error")]  # torchrun adds a page of its own
+            raise RunError(f"the training with {form['processes']} processes failed: {(told or lines)[-1]}")
         result = json.loads((Path(folder) / "run" / "result.json").read_text())
     return max(row["images_per_s"] for row in result["epochs"][1:]), result["settings"]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--processes", nargs="+", type=positive, default=[1, 2])
     parser.add_argument("--model", default="ran_att56_cifar")

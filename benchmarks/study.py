@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import positive
+from arguments import Parser, positive
 from checkpoint import FILE_NAME, load_checkpoint
 from cpu_kernels import kernels_pay, why_no_kernels
 from display import duration
@@ -281,7 +281,7 @@ def run_all(names: Sequence[str], args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--list", action="store_true", help="show every experiment and its state")

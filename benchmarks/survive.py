@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import positive
+from arguments import Parser, positive
 from checkpoint import FILE_NAME, write_json
 from display import duration
 from environment import command_line, hardware, versions
@@ -83,7 +83,7 @@ def survive(kills: int, epochs: int, limit: int, seed: int, folder: Path) -> dic
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--kills", type=positive, default=20)
     parser.add_argument("--epochs", type=positive, default=40)

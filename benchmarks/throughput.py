@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from arguments import check_models, positive, positive_seconds
+from arguments import Parser, check_models, positive, positive_seconds
 from checkpoint import write_atomic, write_json
 from cpu_kernels import kernels_pay, why_no_kernels
 from distributed import World
 from environment import command_line, hardware, keep_freed_memory, machine, pick_device, synchronize, versions
-from errors import told_in_one_line
+from errors import RunError, first_line, told_in_one_line
 from evaluate import count_macs
 from gpu import Replayed, choose_kernels
 from precision import pick_precision
@@ -52,7 +52,7 @@ PRICE_OF_ATTENTION = ("resnet50", "resnetv2_50")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["ran_att56_cifar", "ran_att92_cifar"])
     parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[128])
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=positive, default=7, help="measurements of each case")
     parser.add_argument("--seconds", type=positive_seconds, default=1.0, help="least duration of one measurement")
     parser.add_argument("--out", type=Path, help="folder for throughput.json and throughput.png")
-    parser.add_argument("--plot", type=Path, help="where the plot goes instead")
+    parser.add_argument("--plot", type=Path, help="where the plot goes (default: into --out)")
     args = parser.parse_args(argv)
     with told_in_one_line():
         check_models(args.models)
@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         print_table(result)
         if args.out:
             write_json(args.out / "throughput.json", result)
-            write_atomic(args.plot or args.out / "throughput.png", draw(result))
+        if plot := args.plot or (args.out and args.out / "throughput.png"):
+            write_atomic(plot, draw(result))
 
 
 def measure(
@@ -121,9 +122,13 @@ class Case:
         self.name, self.batch_size, self.device = name, batch_size, device
         self.bytes_before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         torch.manual_seed(0)
-        self.model: Any = create_model(name, num_classes=10)
-        self.model.pretrained_cfg["input_size"] = (3, size, size)
-        self.macs = count_macs(self.model)
+        try:
+            self.model: Any = create_model(name, num_classes=10)
+            self.model.pretrained_cfg["input_size"] = (3, size, size)
+            self.macs = count_macs(self.model)
+        except Exception as error:  # a tag that is none, a network of one size, a map that ends in nothing
+            raise RunError(f"--models {name} does not take images of 3 x {size} x {size} ({first_line(error)})"
+                           ) from error
         self.speeds: dict[str, list[float]] = {"forward": [], "train": []}
         self.compile_seconds = 0.0
         self.peak_bytes = 0

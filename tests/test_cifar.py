@@ -237,44 +237,6 @@ def test_a_run_resumed_by_its_folder_keeps_its_command(tmp_path, monkeypatch):
     assert all("eval_top1" in row for row in result["epochs"])
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    (["--model", "resnet0"], "--model resnet0 is no timm model"),
-    (["--model", "ran_att_56_cifar"], "is no timm model; did you mean ran_att56_cifar or "),
-    (["--model-kwargs", "depth"], "--model-kwargs must be KEY=VALUE with VALUE as JSON, got depth"),
-    (["--model-kwargs", "depth=3"], "--model plain_cnn8_cifar with {'depth': 3}"),
-    (["--device", "abacus"], "--device abacus is not to be had here"),
-    (["--epochs", "0"], "--epochs must be at least 1, got 0"),
-    (["--epochs", "-3"], "--epochs must be at least 1, got -3"),
-    (["--limit", "-1"], "--limit must not be negative, got -1"),
-    (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-    (["--batch-size", "999"], "--batch-size 999 is above the 160 training images"),
-    (["--lr", "-1"], "--lr must be finite and not negative, got -1.0"),
-    (["--lr", "nan"], "--lr must be finite and not negative, got nan"),
-    (["--holdout", "160"], "--holdout must be below the 160 training images"),
-    (["--resolutions", "0.5"], "--resolutions must be pairs"),
-    (["--eval-only"], "--eval-only: no finished run in"),
-    (["--device", "meta"], "--device meta has shapes but no numbers"),
-    (["--seed", "-1"], "--seed must be from 0 to 2**32 - 1, got -1"),
-    (["--seed", str(2 ** 64)], "--seed must be from 0 to 2**32 - 1, got 18446744073709551616"),
-    (["--pad", "32"], "--pad must be below the 32 pixels of the images, got 32"),
-    (["--momentum", "1"], "--momentum must be below 1, got 1"),
-    (["--ema-decay", "2"], "--ema-decay must be below 1, got 2"),
-    (["--label-smoothing", "1.5"], "--label-smoothing must be at most 1, got 1.5"),
-    (["--resolutions", "0", "0"], "at least 1 pixel, got () and (0.0, 0.0)"),
-    (["--milestones", "80", "120"], "must have fractions from 0 to 1 and at least 1 pixel, got (80.0, 120.0) and ()"),
-    (["--model-kwargs", "num_classes=3"], "--model-kwargs num_classes follows from the data set and"),
-    (["--model", "ran_att56_cifar", "--resolutions", "0", "8", "0.5", "32"],
-     "does not take images of 3 x 8 x 8, to which --resolutions (0.0, 8.0, 0.5, 32.0) shrinks them (a soft mask"),
-    (["--eval-only", "--lr", "5"], "--eval-only trains nothing; leave out --lr"),
-    (["--eval-only", "--recipe", "best"], "--eval-only trains nothing; leave out --recipe"),
-    (["--model", "ran_att56_cifar", "--model-kwargs", "in_chans=1"],
-     "--model ran_att56_cifar does not take images of 3 x 32 x 32 (Given groups=1"),
-])
-def test_unusable_arguments(tmp_path, capsys, args, message):
-    assert message in fails(capsys, *args, "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"dataset": "digits"}'])
 def test_a_result_that_is_none_is_not_evaluated(tmp_path, capsys, text):
     (tmp_path / "result.json").write_text(text)

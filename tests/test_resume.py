@@ -1,4 +1,5 @@
 """What may be gone on with: checkpoints as they were written, on the same data, in a folder that nobody else has."""
+import argparse
 import contextlib
 import json
 import shutil
@@ -16,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import cifar
 import evaluate
 import trainer
-from checkpoint import FILE_NAME, claim, load_checkpoint
+from checkpoint import FILE_NAME, CheckpointWriter, claim, load_checkpoint
 from errors import RunError
 from recipes import make_recipe
+from resume import command_to_resume
 from test_cifar import fails, run
 from test_data import NOISE, encoded, write_parquet
 from test_recipes import make_trainer
@@ -73,6 +75,44 @@ def test_an_edited_checkpoint_is_not_gone_on_with(out, capsys, edit):
     assert f"{FILE_NAME} is damaged (its content is not what its digest was made of); remove it" in fails(
         capsys, "--epochs", "1", "--out", out, "--resume")
     assert contents(out) == before
+
+
+def test_what_ran_where_is_kept_when_nothing_is_left_to_train(out, monkeypatch):
+    before = json.loads((out / "result.json").read_text())
+    assert before["deterministic"] is False
+    monkeypatch.setattr(cifar, "hardware", lambda device: {"device": "cpu", "name": "another"})
+    run("--epochs", "1", "--out", out, "--resume")
+    assert json.loads((out / "result.json").read_text()) == before
+
+
+def test_settings_are_those_of_the_run_in_the_default_folder_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["--model", "plain_cnn8_cifar", "--dataset", "digits", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar.Display, "step", lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            cifar.main([*command, "--epochs", "1", "--limit", "64", "--deterministic", "--compile", "off"])
+    chosen = []
+    monkeypatch.setattr(cifar, "choose_kernels", chosen.append)
+    cifar.main([*command, "--resume"])
+    (result,) = tmp_path.glob("runs/*/result.json")
+    assert json.loads(result.read_text())["settings"]["limit"] == 64
+    assert json.loads(result.read_text())["deterministic"] is True
+    assert chosen == [True]
+
+
+def test_batches_to_normalise_over_are_named_as_what_decides_them(out, capsys):
+    tensors, state = load_checkpoint(out)
+    state["settings"]["bn_batch"] //= 2
+    with CheckpointWriter(out) as writer:
+        writer.save(tensors, state)
+    line = fails(capsys, "--epochs", "1", "--out", out, "--resume")
+    assert "over batches of 16 images of 32, this command over 32; with --no-sync-bn it takes as many processes" in line
+
+
+def test_a_folder_whose_name_ends_like_a_flag():
+    args = argparse.Namespace(argv=["--out", "my--resume"])
+    assert command_to_resume(args, Path("my--resume"), 1).endswith("--out my--resume --resume")
 
 
 def test_the_middle_of_an_epoch_is_gone_on_with_on_the_same_kind_of_device():
@@ -158,7 +198,8 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_training(tmp_path, m
     monkeypatch.setattr(trainer.Trainer, "train_step", None)
     assert f"--out {tmp_path} cannot be written to (Read-only file system); name another" in fails(
         capsys, "--out", tmp_path)
-    assert "--out must be a path of printable characters, got '\\udcff'" in fails(capsys, "--out", "\udcff")
+    assert "argument --out: must be of printable characters without # and ?, and begin with one slash at most, got " \
+           "'\\udcff'" in fails(capsys, "--out", "\udcff")
 
 
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
