@@ -1,6 +1,7 @@
 """Export a network to ONNX, run it in ONNX Runtime, and compare outputs and speed with PyTorch.
 
     python examples/export_onnx.py
+    python examples/export_onnx.py --model ran_att92_cifar.cifar100
     python examples/export_onnx.py --model ran_att92_cifar_orig --weights runs/RUN/model.safetensors
 """
 import argparse
@@ -32,8 +33,9 @@ def milliseconds(function: Callable[[], Any], repeats: int) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="ran_att56_cifar", help="any timm model")
-    parser.add_argument("--weights", type=Path, help="safetensors file of the model (default: random weights)")
+    parser.add_argument("--model", default="ran_att56_cifar.cifar10",
+                        help="any timm model: with its trained weights if the name has a tag, random ones otherwise")
+    parser.add_argument("--weights", type=Path, help="safetensors file of the model, instead")
     parser.add_argument("--onnx", type=Path, default=Path("runs/model.onnx"), help="where the exported network goes")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("runs/export_onnx.json"))
@@ -41,8 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.weights and not args.weights.is_file():
         sys.exit(f"error: --weights {args.weights} is no file")
     torch.manual_seed(0)
+    pretrained = bool(args.weights) or "." in args.model or ":" in args.model
+    if not pretrained:
+        print(f"random weights: {args.model} names none; ran_att56_cifar.cifar10 does, or --weights takes a file")
     model = timm.create_model(
-        args.model, pretrained=bool(args.weights),
+        args.model, pretrained=pretrained,
         pretrained_cfg_overlay={"file": str(args.weights)} if args.weights else {}).eval()
     fused = ran_layers.fuse(model)  # ONNX Runtime would fold the BN behind convolutions itself, but not those in front
 
@@ -72,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             }
             times = ", ".join(f"{name} {ms} ms" for name, ms in figures[str(batch_size)]["milliseconds"].items())
             print(f"batch {batch_size}: outputs differ by at most {difference:.1e}; {times}")
-    write_report(args.out, torch.device("cpu"), model=args.model, batch_sizes=figures)
+    write_report(args.out, torch.device("cpu"), model=args.model, trained=pretrained, batch_sizes=figures)
     if max(figure["largest_difference"] for figure in figures.values()) > 1e-4:
         sys.exit("error: the exported network computes something else")
 

@@ -25,7 +25,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, backbone: str, width: int = 64) -> None:
         super().__init__()
-        self.backbone = timm.create_model(backbone, features_only=True)
+        self.backbone = timm.create_model(backbone, pretrained="." in backbone, features_only=True)
         self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in self.backbone.feature_info.channels())
         self.head = nn.Sequential(
             nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False),
@@ -72,7 +72,8 @@ def mean_iou(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]],
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--backbone", default="ran_att56_cifar", help="any timm model with features_only")
+    parser.add_argument("--backbone", default="ran_att56_cifar",
+                        help="any timm model with features_only: with its trained weights if the name has a tag")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)

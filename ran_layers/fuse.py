@@ -55,9 +55,9 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
     Of the 106 BN of ``ran_att56_cifar`` one is left, before the pooling. Channels-last order is what makes it pay on a
     CPU (``benchmarks/fuse.py``): the convolutions need no reordering of their inputs, and the clamp is one vectorised
     pass. Images may come in either order. Any network that ``torch.fx`` can trace will do; what does not fit one of
-    the two patterns stays as it is, and so does what is called twice, has two names or lends its weights to something
-    else. The result cannot be trained any further, and answers for ``forward`` with its default arguments, and for
-    timm's interface where that runs the same layers. Fuse in float32, then cast.
+    the two patterns stays as it is, and so does what is called twice, has two names, hooks or a forward of its own, or
+    lends its weights to something else. The result cannot be trained any further, and answers for ``forward`` with its
+    default arguments, and for timm's interface where that runs the same layers. Fuse in float32, then cast.
 
     Args:
         model: The network; its normalisations must have running statistics to be folded.
@@ -86,7 +86,7 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
     with evaluating(model):
         graph = _trace(model)
     modules = _foldable_modules(model, graph)
-    levels = _feature_levels(model)
+    levels, watched = _feature_levels(model), _watched(model)
     for node in graph.nodes:
         norm = modules.get(node)
         if not isinstance(norm, BATCH_NORMS) or type(norm).forward not in NORM_FORWARDS or norm.running_mean is None:
@@ -95,10 +95,10 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
         before = modules.get(source) if len(source.users) == 1 else None
         after: list[Any] = [modules.get(user) for user in node.users]
         act = getattr(norm, "act", None)  # timm's BN with an activation
-        if type(before) in CONVS and not _ends_between(levels, source, node):
+        if type(before) in CONVS and not _ends_between(levels, watched, source, node):
             left = _fold_into_previous(before, norm)
-        elif (type(act) is nn.ReLU and after and all(map(_is_pointwise, after))
-              and not any(_ends_between(levels, node, user) for user in node.users)):
+        elif (type(act) is nn.ReLU and _only_runs(act) and after and all(map(_is_pointwise, after))
+              and not any(_ends_between(levels, watched, node, user) for user in node.users)):
             left = _fold_into_next(norm, after)
         else:
             continue
@@ -161,15 +161,29 @@ def _feature_levels(model: nn.Module) -> set[str]:
     """Return the names of the modules whose outputs are to stay: a timm model's feature maps, and what has a hook."""
     info: Any = getattr(model, "feature_info", None) or []
     levels = info.module_name() if hasattr(info, "module_name") else (level["module"] for level in info)
-    return {*levels, *(name for name, module in model.named_modules() if name and module._forward_hooks)}
+    return {*levels, *_watched(model)}
 
 
-def _ends_between(levels: set[str], first: torch.fx.Node, second: torch.fx.Node) -> bool:
-    """Whether the first of two modules in a row is in a level, perhaps its last, that the second is not in."""
+def _watched(model: nn.Module) -> set[str]:
+    """Return the names of the modules whose inputs and outputs somebody sees or changes."""
+    return {name for name, module in model.named_modules() if name and not _only_runs(module)}
+
+
+def _only_runs(module: nn.Module) -> bool:
+    """Whether to call ``module`` is to run the forward of its class: it has no hooks and no forward of its own."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _ends_between(levels: set[str], watched: set[str], first: torch.fx.Node, second: torch.fx.Node) -> bool:
+    """Whether the map between two modules in a row is to stay as it is.
+
+    The first is in a level, perhaps its last, that the second is not in, or the second so in what is ``watched``.
+    """
     def is_in(node: torch.fx.Node, level: str) -> bool:
         return node.target == level or str(node.target).startswith(f"{level}.")
 
-    return any(is_in(first, level) and not is_in(second, level) for level in levels)
+    return any(is_in(first, level) and not is_in(second, level) for level in levels) or any(
+        is_in(second, level) and not is_in(first, level) for level in watched)
 
 
 def _trace(model: nn.Module) -> torch.fx.Graph:
@@ -191,14 +205,18 @@ def _trace(model: nn.Module) -> torch.fx.Graph:
 
 
 def _foldable_modules(model: nn.Module, graph: torch.fx.Graph) -> dict[torch.fx.Node, nn.Module]:
-    """Return the module of each graph node that calls one which is used only there and has no hooks."""
+    """Return the module of each graph node that calls one which is used only there, in the way of its class."""
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node for node in graph.nodes if node.op == "call_module"]
     times = Counter(modules[node.target] for node in calls)
     names = Counter(modules.values())
-    lent = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    # Under any of the names that it has, what the forward pass reads by itself.
+    tensors = {name: tensor for kind in (model.named_parameters, model.named_buffers)
+               for name, tensor in kind(remove_duplicate=False)}
+    read = {id(tensors[node.target]) for node in graph.nodes if node.op == "get_attr" and node.target in tensors}
+    lent = {name.rpartition(".")[0] for name, tensor in tensors.items() if id(tensor) in read}
     return {
         node: module for node in calls
         if times[module := modules[node.target]] == names[module] == 1 and node.target not in lent
-        and not module._forward_hooks and not module._forward_pre_hooks
+        and _only_runs(module)
     }

@@ -46,9 +46,14 @@ class InsertedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.attention = attention
-        self.gamma = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
+        self.gamma = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.reset_parameters()
         self.nhwc = nhwc
         self.hook: Any = None  # removes the forward hook of the host, if it has one
+
+    def reset_parameters(self) -> None:
+        """Begin as the identity, as after ``to_empty`` of what was made on the meta device; not the module behind."""
+        nn.init.zeros_(self.gamma)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.nhwc:
@@ -198,7 +203,7 @@ def _attend(host: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
 def _find_hosts(model: nn.Module, where: Where) -> dict[str, nn.Module]:
     """Return the modules that ``where`` means, by name and in the network's order."""
     modules = {name: module for name, module in model.named_modules() if name and CHILD not in name.split(".")}
-    if callable(where):
+    if callable(where) and not isinstance(where, nn.Module | type):
         names = [name for name, module in modules.items() if where(name, module)]
     elif where == "stages":
         names = _stage_names(model, modules)
@@ -208,7 +213,8 @@ def _find_hosts(model: nn.Module, where: Where) -> dict[str, nn.Module]:
         names = list(where)
     else:
         raise TypeError(
-            f"where must be a module's name, a list of names, 'stages' or a function of name and module, got {where!r}")
+            "where must be a module's name, a list of names, 'stages' or a function of name and module, got "
+            + (f"a {type(where).__name__}" if isinstance(where, nn.Module) else repr(where)))
     if not names:
         raise ValueError(f"where must find at least one module of {type(model).__name__}, it found none")
 
@@ -236,11 +242,11 @@ def _stage_names(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
         raise ValueError(
             f"where='stages' needs a timm model with feature_info, which {type(model).__name__} has not; name modules")
     levels = info.module_name() if hasattr(info, "module_name") else [level["module"] for level in info]
-    # timm's feature extractors write 'stages.0' as 'stages_0', or hold the whole network as 'model'.
-    return [
-        next((form for form in (level, level.replace(".", "_"), f"model.{level}") if form in modules), level)
-        for level in levels
-    ]
+    # timm's feature extractors write 'stages.0' as 'stages_0', or hold the whole network as 'model' or 'body'.
+    def forms(level: str) -> tuple[str, ...]:
+        return level, level.replace(".", "_"), level.replace(".", "_", 1), f"model.{level}", f"body.{level}"
+
+    return [next((form for form in forms(level) if form in modules), level) for level in levels]
 
 
 def _blank_image(model: nn.Module) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import reduce
 from PIL import Image, ImageDraw, ImageFont
 
-from .images import image_transforms
+from .images import image_transforms, to_rgb
 from .layers._args import check_int
 from .masks import evaluating, record_masks
 
@@ -44,7 +44,7 @@ def draw_masks(
     Args:
         model: A network with Attention Modules; its ``pretrained_cfg`` says how images are prepared for it and, as
             ``label_names``, what its classes are called.
-        images: Images as 8-bit RGB, of any size.
+        images: Pillow images of any mode and size; they are shown upright and in RGB, on white where transparent.
         names: What to call the images.
         channels: Single channels to show for each module, beside their mean.
         tile: Longer side of each small picture in pixels.
@@ -60,10 +60,14 @@ def draw_masks(
     """
     check_int("channels", channels, 0)
     check_int("tile", tile, 32)
+    if not (isinstance(images, Sequence) and all(isinstance(image, Image.Image) for image in images)):
+        raise TypeError(f"images must be a sequence of Pillow images, got {type(images).__name__}"
+                        + (f" of {type(images[0]).__name__}" if isinstance(images, Sequence) and images else ""))
     if not images:
         raise ValueError("images must hold at least one image, got none")
     if names is not None and len(names) != len(images):
         raise ValueError(f"names must have one entry per image, got {len(names)} for {len(images)} images")
+    images = [to_rgb(image) for image in images]
     _, to_tile = image_transforms(model, tile)
     masks, logits = predict(model, images)
     rows = [

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -156,3 +157,21 @@ def test_export_to_onnx_gives_the_same_outputs(weights: Path) -> None:
     for figures in report["batch_sizes"].values():
         assert figures["largest_difference"] < 1e-4
         assert all(ms > 0 for ms in figures["milliseconds"].values())
+
+
+@pytest.mark.parametrize(("model", "trained"), [("ran_att56_cifar.cifar10", True), ("plain_cnn8_cifar", False)])
+def test_what_is_exported_is_trained_where_the_name_has_weights(capsys, model: str, trained: bool) -> None:
+    assert run("export_onnx", "--model", model, "--repeats", "1", "--onnx", "model.onnx")["trained"] is trained
+    assert (f"random weights: {model} names none" in capsys.readouterr().out) is not trained
+    expected = timm.create_model(model, pretrained=trained).eval()
+    images = torch.zeros(1, 3, 32, 32)
+    logits, = onnxruntime.InferenceSession("model.onnx").run(None, {"images": images.numpy()})
+    assert torch.allclose(torch.from_numpy(logits), expected(images), atol=1e-3) is trained
+
+
+def test_a_backbone_is_trained_where_its_name_has_weights() -> None:
+    segmenter = import_module("segmentation").Segmenter
+    weights = timm.create_model("ran_att56_cifar.cifar10", pretrained=True).state_dict()
+    for name, trained in (("ran_att56_cifar.cifar10", True), ("ran_att56_cifar", False)):
+        stem = next(iter(segmenter(name).backbone.parameters()))
+        assert any(torch.equal(stem, value) for value in weights.values()) is trained

@@ -210,10 +210,32 @@ def test_the_forms_of_where_in_the_documentation() -> None:
         [f"layer{i}.{j}.conv2" for i in range(1, 5) for j in range(2)]]
 
 
+@pytest.mark.parametrize(("name", "args"), [
+    ("xception41", {}), ("resnet18", {"feature_cls": "hook"}), ("resnet18", {}), ("ran_att56_cifar", {})])
+def test_levels_of_feature_extractors(name: str, args: dict[str, object]) -> None:
+    model = timm.create_model(name, features_only=True, **args)
+    hosts = insert_attention(model, "stages", example_input=torch.zeros(1, 3, 64, 64))
+    assert len(hosts) == len(model.feature_info)
+
+
+def test_what_was_on_the_meta_device_begins_as_the_identity() -> None:
+    model = timm.create_model("resnet18", device="meta")
+    insert_attention(model, "layer2")
+    model = model.to_empty(device="cpu")
+    inserted = model.layer2.inserted_attention
+    nn.init.constant_(inserted.gamma, torch.nan)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert torch.equal(inserted.gamma, torch.zeros(128))
+
+
 @pytest.mark.parametrize(("where", "args", "error", "message"), [
     ("layer5", {}, ValueError, r"where must name modules of ResNet, which has no 'layer5'; it has e.g. 'layer4'"),
     (lambda name, module: False, {}, ValueError, "where must find at least one module of ResNet"),
     ([], {}, ValueError, "where must find at least one module"),
+    (nn.Sequential(nn.ReLU()), {}, TypeError, "where must be a module's name, .* got a Sequential"),
+    (nn.Conv2d, {}, TypeError, "where must be a module's name, .* got <class 'torch.nn.modules.conv.Conv2d'>"),
     (3, {}, TypeError, "where must be a module's name, a list of names, 'stages' or a function .* got 3"),
     ("fc", {}, ValueError, r"'fc' \(Linear\) must return a feature map .* it returns \(1, 1000\)"),
     ("layer1", {"channels": 64}, TypeError, "module_args must not hold channels"),

@@ -12,6 +12,10 @@ def batch_norm(channels, device=None, dtype=None):
     return nn.BatchNorm2d(channels, device=device, dtype=dtype)
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """A class of one's own, with the name of one of timm's."""
+
+
 @pytest.mark.parametrize(("layer", "args", "error", "message"), [
     (AttentionModule, {"channels": 0}, ValueError, "channels must be at least 1, got 0"),
     (AttentionModule, {"channels": "8"}, TypeError, "channels must be an int of at least 1, got '8' (str)"),
@@ -82,6 +86,12 @@ def batch_norm(channels, device=None, dtype=None):
     (AttentionModule, {"norm_layer": nn.LayerNorm}, ValueError,
      "norm_layer must take maps (batch, channels, height, width), as 'layernorm2d' does"),
     (AttentionModule, {"norm_layer": "layernorm"}, ValueError, "'layernorm' takes channels last"),
+    (AttentionModule, {"norm_layer": LayerNorm2d}, ValueError,
+     "norm_layer must, if it is no class of torch or timm, be a function that returns"),
+    (AttentionModule, {"norm_layer": functools.partial(LayerNorm2d, eps=1e-3)}, ValueError,
+     "norm_layer must, if it is no class of torch or timm"),
+    (AttentionModule, {"norm_layer": "evonorms0"}, ValueError,
+     "norm_layer must take 8 channels, 'evonorms0' has 32 groups of them"),
     (AttentionModule, {"unit_layer": functools.partial(ResidualUnit, act_layer=nn.SiLU)}, ValueError,
      "unit_layer must not bind act_layer, which the units are given anew; pass act_layer= beside it"),
     (ResidualUnit, {"stride": 0}, ValueError, "stride must be at least 1, got 0"),

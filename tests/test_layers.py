@@ -1,6 +1,7 @@
 """The layers against an independent computation, their edge cases and their errors."""
 import copy
 import functools
+import typing
 
 import pytest
 import timm
@@ -331,3 +332,11 @@ def test_cuda_equals_cpu(args):
     exact(module.cuda()(x.cuda()).cpu(), expected)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         assert module.float()(x.float().cuda()).isfinite().all()
+
+
+@pytest.mark.parametrize("layer", [AttentionModule, SoftMaskBranch, LocalMaskBranch])
+def test_type_checkers_take_a_layer_for_what_it_is(layer):
+    """The mixin's ``__new__`` comes before ``__init__``: with a type of its own they would take each layer for that."""
+    hints = typing.get_type_hints(layer.__new__)
+    assert hints["return"] is typing.get_args(hints["cls"])[0]
+    assert isinstance(hints["return"], typing.TypeVar)

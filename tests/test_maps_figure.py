@@ -7,7 +7,7 @@ import torch.nn as nn
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from ran_layers.images import image_transforms
+from ran_layers.images import image_transforms, to_rgb
 from ran_layers.mask_figure import COLOURS, draw_masks, mask_columns, overlay, predict, top_classes
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -109,6 +109,20 @@ def test_many_modules_go_into_blocks():
 def test_wrong_drawing_arguments_are_named(model, wrong, message):
     with pytest.raises(ValueError, match=message):
         draw_masks(model, **{"images": [Image.new("RGB", (32, 32))], **wrong})
+
+
+@pytest.mark.parametrize("images", [Image.new("RGB", (32, 32)), [np.zeros((32, 32, 3))], iter([])],
+                         ids=lambda images: type(images).__name__)
+def test_what_is_no_sequence_of_pictures_is_named(model, images):
+    with pytest.raises(TypeError, match="images must be a sequence of Pillow images, got "):
+        draw_masks(model, images)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
+def test_pictures_of_other_modes_are_drawn_as_in_rgb(model, mode):
+    image = Image.new("RGB", (40, 30), "teal").convert("L")
+    image = image if mode == "L" else image.convert(mode)
+    assert draw_masks(model, [image]).tobytes() == draw_masks(model, [to_rgb(image)]).tobytes()
 
 
 def test_models_of_other_inputs_are_refused():

@@ -121,6 +121,11 @@ def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..
             raise TypeError(f"{name} must be a layer's timm name or class, got {value!r} ({type(value).__name__})")
     if isinstance(norm_layer, functools.partial) and norm_layer.args:
         raise ValueError(f"norm_layer must be a partial with arguments by name, which timm keeps, got {norm_layer!r}")
+    made_by = getattr(norm_layer, "func", norm_layer)
+    if isinstance(made_by, type) and made_by.__module__.partition(".")[0] not in ("torch", "timm"):
+        # timm goes by the name of the class, and would take one of its own for it.
+        raise ValueError(f"norm_layer must, if it is no class of torch or timm, be a function that returns a "
+                         f"normalisation with its activation as .act, got {norm_layer!r}")
     try:
         # timm looks a name up only when the fused layer is built, and takes "" for none at all.
         if create_act_layer(act_layer) is None:
@@ -148,6 +153,9 @@ def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..
         if type(made).__name__.removesuffix("Fp32") in ("LayerNormAct", "RmsNormAct"):
             raise ValueError(f"norm_layer must take maps (batch, channels, height, width), as 'layernorm2d' does; "
                              f"{norm_layer!r} takes channels last")
+        groups = getattr(made, "groups", None)
+        if isinstance(groups, int) and groups and channels % groups:  # which EvoNorm sees when it is too late
+            raise ValueError(f"norm_layer must take {channels} channels, {norm_layer!r} has {groups} groups of them")
         dd = {name: kwargs[name] for name in ("device", "dtype") if kwargs.get(name) is not None}
         # timm makes the activation without them, and some have parameters.
         return made.to(**dd) if dd else made

@@ -5,7 +5,7 @@ import inspect
 import json
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -18,6 +18,8 @@ from .._download import HubError, download_weights, refuse_pickle
 # Where a class named by a downloaded config may come from. Importing any module that a config names would let its
 # author choose the code that runs.
 CLASS_SOURCES = {"torch.nn": "torch.nn", "timm.layers": "timm.layers", "ran_layers": "ran_layers.layers"}
+
+Layer = TypeVar("Layer", bound="HubMixin")
 
 CARD = """---
 {{ card_data }}
@@ -56,8 +58,9 @@ class HubMixin(PyTorchModelHubMixin):
         # hands to `_from_pretrained` is decoded there, where the argument's name is known.
         super().__init_subclass__(coders={object: (encode, lambda value: value)}, **kwargs)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "HubMixin":
-        instance = super().__new__(cls, *args, **kwargs)
+    # The class itself, by its type variable: type checkers take what this returns for what a layer's name makes.
+    def __new__(cls: type[Layer], *args: Any, **kwargs: Any) -> Layer:
+        instance: Any = super().__new__(cls, *args, **kwargs)
         if isinstance(instance._hub_mixin_config, dict):
             instance._hub_mixin_config.pop("device", None)
         return instance
@@ -88,8 +91,8 @@ class HubMixin(PyTorchModelHubMixin):
         try:
             inspect.signature(cls.__init__).bind(None, **arguments)
         except TypeError as error:
-            raise HubError(
-                f"{model_id} has no config.json with the arguments of {cls.__name__} ({error})") from None
+            raise HubError(f"{model_id} has no config.json with the arguments of {cls.__name__}, or others came beside "
+                           f"it ({error})") from None
         model: Any = cls(**arguments)
         try:
             safetensors.torch.load_model(model, str(weights), strict=strict, device=map_location)

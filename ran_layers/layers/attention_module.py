@@ -55,7 +55,9 @@ class AttentionModule(nn.Module, HubMixin):
     (naive attention learning). It keeps the shape, so it fits between any two layers of a convolutional network and
     wherever timm takes an ``attn_layer``.
 
-    Saves and loads by itself: ``save_pretrained``, ``push_to_hub``, ``from_pretrained`` (huggingface_hub's mixin).
+    Saves and loads by itself: ``save_pretrained``, ``push_to_hub``, ``from_pretrained`` (huggingface_hub's mixin). For
+    normalisation over several processes convert with ``timm.layers.convert_sync_batchnorm``: torch's own conversion
+    drops the ReLUs.
 
     Shapes:
         input and output ``(batch, channels, height, width)``; with a soft mask, height and width above
