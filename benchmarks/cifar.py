@@ -14,6 +14,7 @@ import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
 # isort: split
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -89,10 +90,12 @@ def train(
 
     with world.main_first() if args.data_dir is None else contextlib.nullcontext():
         data = load_dataset(args.dataset, args.data_dir)
-    args.data_sha256 = data.digest()
-    if resumed:
-        check_data(out, args.data_sha256, resumed[1])
     (images, labels), watched = split_training_set(args, data, recipe)
+    args.digests = {"data_sha256": data.digest()}
+    if args.label_noise:
+        args.digests["labels_sha256"] = hashlib.sha256(labels.numpy()).hexdigest()
+    if resumed:
+        check_data(out, args.digests, resumed[1])
 
     torch.manual_seed(args.seed)
     model, macs = build_model(args, recipe, data)
@@ -153,7 +156,7 @@ def train(
         return
     trainer.averaged.pretrained_cfg = model.pretrained_cfg
     result = dict(
-        model=args.model, dataset=args.dataset, data_sha256=args.data_sha256, recipe=recipe_name, settings=settings,
+        model=args.model, dataset=args.dataset, **args.digests, recipe=recipe_name, settings=settings,
         params=params, macs=macs, seed=args.seed, earlier=args.earlier, epochs=trainer.epochs, seconds=trainer.seconds,
         deterministic=args.deterministic, deterministic_price=price, eval_every=args.eval_every,
         images_per_s=trainer.total_steps * recipe.batch_size / sum(row["seconds"] for row in trainer.epochs),
@@ -290,7 +293,7 @@ def _run_epochs(
                 # The folder of the data may be another when the run is resumed, so it is no setting.
                 data_dir = args.data_dir and str(Path(args.data_dir).resolve())
                 writer.save(tensors, dict(
-                    state, settings=settings, data_dir=data_dir, data_sha256=args.data_sha256, earlier=args.earlier,
+                    state, settings=settings, data_dir=data_dir, **args.digests, earlier=args.earlier,
                     command=args.command, eval_every=args.eval_every, deterministic=args.deterministic,
                     machine=args.machine))
             if row:
@@ -301,7 +304,7 @@ def _run_epochs(
 def eval_only(args: argparse.Namespace) -> None:
     """Print the accuracy of the run in ``--out`` or, without that, of timm's pretrained weights of ``--model``."""
     given = check_eval_only(args)
-    if os.environ.get("RANK", "0") != "0":
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
         return  # under torchrun the first process alone prints
     device = pick_device(args.device)
     if args.out is None:

@@ -87,7 +87,10 @@ def _convolution_seconds(ours: bool) -> float:
 def library() -> ctypes.CDLL | None:
     """Return the built kernels, or None where they cannot be built (no compiler, another OpenMP, ...)."""
     found = filter(None, map(shutil.which, ("c++", "g++")))
-    compiler = shlex.split(os.environ.get("CXX", "")) or list(found)[:1]
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or list(found)[:1]
+    except ValueError:  # a quotation mark without its other one
+        return None
     if not compiler:
         return None
     sources = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]

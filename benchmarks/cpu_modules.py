@@ -32,11 +32,12 @@ def use_cpu_kernels(model: nn.Module, synced: bool = False) -> None:
             module.synced = synced
 
 
-def _has_plain_gate(module: AttentionModule) -> bool:
+def _has_plain_gate(module: AttentionModule, act: type = MaskActivation) -> bool:
+    """Whether the mask ends in a plain sigmoid, of the class ``act``, and weights the trunk as ``1 + M``."""
     mask = module.mask
     return (
         module.residual and type(mask) in (SoftMaskBranch, LocalMaskBranch) and type(mask.head) in (MaskHead, _MaskHead)
-        and type(mask.head.act) is MaskActivation and mask.head.act.mask_act == "mixed")
+        and type(mask.head.act) is act and mask.head.act.mask_act == "mixed")
 
 
 def _only_run(*modules: nn.Module) -> bool:
@@ -186,9 +187,9 @@ class _AttentionModule(AttentionModule):
 
     def _ends_in_sigmoid(self) -> bool:
         """Whether nothing is behind the sigmoid of the mask, or looks at it: that shall see the mask."""
-        mask = self.mask
-        return (_only_run(mask, mask.head, mask.head.act) and list(mask.head._modules)[-1] == "act"
-                and list(mask._modules)[-1] == "head")
+        return (
+            _has_plain_gate(self, _DeferrableSigmoid) and _only_run(self.mask, self.mask.head, self.mask.head.act)
+            and list(self.mask.head._modules)[-1] == "act" and list(self.mask._modules)[-1] == "head")
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the mask is the sigmoid of; whoever calls the mask branch otherwise gets the mask."""

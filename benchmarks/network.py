@@ -13,7 +13,7 @@ from timm import create_model
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
 
-_OURS = ("num_classes", "in_chans", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "features_only")
+_OURS = ("num_classes", "in_chans", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
 def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> tuple[Any, int]:
@@ -34,6 +34,8 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> tupl
             raise RunError(f"--model-kwargs must be KEY=VALUE with VALUE as JSON, got {item}") from None
         if key in _OURS:
             raise RunError(f"--model-kwargs {key} follows from the data set and what the run begins with; leave it out")
+        if key == "features_only":
+            raise RunError(f"--model-kwargs {key} makes a network without classifier; leave it out")
         if key == "checkpoint_path":
             raise RunError(f"--model-kwargs {key} is --initial-checkpoint here, which is recorded")
     if recipe.drop_path:

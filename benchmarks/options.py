@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
                         help="give this share of the training images a wrong label (the paper's section 4.1)")
     parser.add_argument("--deterministic", action="store_true",
                         help="same weights from the same seed on a GPU too, and what that costs; a CPU always does so")
-    parser.add_argument("--out", type=path,
+    parser.add_argument("--out", type=out_folder,
                         help="folder of the run (default: runs/MODEL-DATASET-RECIPE-SEED, with -further at the end "
                              "where --initial-checkpoint is given)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     return args
 
 
-def path(text: str) -> Path:
+def out_folder(text: str) -> Path:
     """Parse a folder that timm loads from, as ``local-dir:FOLDER``."""
     if not_empty(text).startswith("//") or {"#", "?"} & set(text) or not text.isprintable():
         raise argparse.ArgumentTypeError(

@@ -35,9 +35,12 @@ def check_folder(out: Path, settings: dict[str, Any], state: dict[str, Any] | No
         raise RunError(f"--out {out} already has a run; add --resume to go on with it, or name another folder")
 
 
-def check_data(out: Path, digest: str, state: dict[str, Any]) -> None:
+def check_data(out: Path, digests: dict[str, str], state: dict[str, Any]) -> None:
     """Refuse to go on with a run on other images or labels than those that it began with."""
-    if state["data_sha256"] != digest:
+    if digests.get("labels_sha256") != state.get("labels_sha256"):
+        raise RunError(f"--resume: the run in {out} began with other wrong labels, of an earlier version; start again "
+                       "in another --out")
+    if digests["data_sha256"] != state["data_sha256"]:
         raise RunError(f"--resume: the training images are not those that the run in {out} began with; give its "
                        "--data-dir, or start again in another --out")
 

@@ -247,9 +247,11 @@ def run_all(names: Sequence[str], args: argparse.Namespace) -> None:
     chosen, left = choose(runs, clock, seconds)
     if not runs:
         print("nothing is missing")
-    if left:
-        print(f"{len(left)} of {len(runs)} runs do not fit into {args.budget:g} minutes; the first is {left[0].title}, "
-              f"about {duration(clock.seconds(left[0]) or 0)}")
+    unfit = [run for run in runs if seconds is not None and (run in left or (clock.seconds(run) or 0) > seconds)]
+    if unfit:
+        print(f"{len(unfit)} of {len(runs)} runs do not fit into {args.budget:g} minutes; the first is "
+              f"{unfit[0].title}, about {duration(clock.seconds(unfit[0]) or 0)}"
+              + (", which is begun all the same" if unfit[0] in chosen else ""))
     estimates = [clock.seconds(run) for run in chosen]
     if len(chosen) > 1 and None not in estimates:
         print(f"{len(chosen)} runs, about {duration(sum(filter(None, estimates)))} in all", flush=True)
@@ -297,13 +299,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"),
                         help="of all networks, so that they can be compared (default: that of ran_att56_cifar there)")
     parser.add_argument("--nproc", type=positive, default=1, help="processes of torchrun")
-    parser.add_argument("--runs", type=Path, default=Path("runs") / "study", help="folder of the runs (%(default)s)")
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/study with the default --results, "
+                                                  "otherwise runs in the folder of the results)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     parser.add_argument("--docs", type=Path, help="folder of results.md, whose tables are written anew (default: docs "
                                                   "with the default --results, otherwise the folder of the results)")
     args = parser.parse_args(argv)
-    if args.docs is None:
-        args.docs = HERE.parent / "docs" if args.results.resolve() == RESULTS else args.results
+    ours = args.results.resolve() == RESULTS
+    args.docs = args.docs or (HERE.parent / "docs" if ours else args.results)
+    args.runs = args.runs or (Path("runs") / "study" if ours else args.results / "runs")
     with told_in_one_line():
         unknown = sorted(set(args.run or ()) - set(EXPERIMENTS))
         if unknown:

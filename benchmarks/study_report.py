@@ -119,10 +119,10 @@ def compare(row: Row, group: Finished, finished: dict[str, list[Finished]]) -> s
         return "not compared: trained under other conditions"
     differences = paired(group, other)
     text = f"{statistics.mean(differences):+.2f}"
-    spread = pooled([row for table in TABLES.values() for row in table.rows], finished, group)
+    spread = pooled(finished, group)
     if spread is None:
         return f"{text}, spread unknown"
-    half = half_interval(differences, spread)
+    half = half_interval(spread, len(differences))
     text += f" ± {half:.2f}" + (" (1 seed)" if len(differences) == 1 else "")
     return text + ("" if abs(statistics.mean(differences)) > half else ", too close to call")
 

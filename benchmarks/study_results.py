@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cifar import parse_args
 from environment import machine
 from errors import RunError
 from experiments import EXPERIMENTS
+from options import parse_args
 from recipes import Recipe, make_recipe
 
 FILE = re.compile(r"(?P<name>.+)-(?P<epochs>\d+)ep-seed(?P<seed>\d+)\.json")
@@ -89,6 +89,8 @@ def load_result(file: Path, name: str, epochs: int, seed: int) -> dict[str, Any]
     others = {key: value for key, value in recipe.items() if key in settings or key in asked.overrides}
     others |= dict(label_noise=asked.label_noise, limit=asked.limit, holdout=asked.holdout)
     differing = [key for key, value in json.loads(json.dumps(others)).items() if settings.get(key) != value]
+    if asked.label_noise and "labels_sha256" not in result:
+        differing.append("from before wrong labels had random numbers of their own")
     if settings.get("initial_checkpoint"):
         differing.append("initial_checkpoint")
     if rounds != epochs:

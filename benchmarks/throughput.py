@@ -124,9 +124,12 @@ class Case:
         torch.manual_seed(0)
         try:
             self.model: Any = create_model(name, num_classes=10)
-            self.model.pretrained_cfg["input_size"] = (3, size, size)
+        except Exception as error:  # a tag that is none, ...
+            raise RunError(f"--models {name} cannot be made ({first_line(error)})") from error
+        self.model.pretrained_cfg["input_size"] = (3, size, size)
+        try:
             self.macs = count_macs(self.model)
-        except Exception as error:  # a tag that is none, a network of one size, a map that ends in nothing
+        except Exception as error:  # a network of one size, a map that ends in nothing, ...
             raise RunError(f"--models {name} does not take images of 3 x {size} x {size} ({first_line(error)})"
                            ) from error
         self.speeds: dict[str, list[float]] = {"forward": [], "train": []}

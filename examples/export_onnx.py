@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="ran_att56_cifar.cifar10",
-                        help="any timm model: with its trained weights if the name has a tag, random ones otherwise")
+                        help="any timm model: with its trained weights if the name has a tag or is local-dir:FOLDER, "
+                             "random ones otherwise")
     parser.add_argument("--weights", type=Path, help="safetensors file of the model, instead")
     parser.add_argument("--onnx", type=Path, default=Path("runs/model.onnx"), help="where the exported network goes")
     parser.add_argument("--repeats", type=int, default=20)

@@ -25,7 +25,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, backbone: str, width: int = 64) -> None:
         super().__init__()
-        self.backbone = timm.create_model(backbone, pretrained="." in backbone, features_only=True)
+        self.backbone = timm.create_model(backbone, pretrained="." in backbone or ":" in backbone, features_only=True)
         self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in self.backbone.feature_info.channels())
         self.head = nn.Sequential(
             nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False),

@@ -52,7 +52,7 @@ class InsertedAttention(nn.Module):
         self.hook: Any = None  # removes the forward hook of the host, if it has one
 
     def reset_parameters(self) -> None:
-        """Begin as the identity, as after ``to_empty`` of what was made on the meta device; not the module behind."""
+        """Begin as the identity, also after the meta device; ``attention`` keeps its own weights."""
         nn.init.zeros_(self.gamma)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

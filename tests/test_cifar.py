@@ -17,6 +17,7 @@ from checkpoint import FILE_NAME, load_checkpoint  # noqa: E402
 from data import corrupt_labels, load_dataset  # noqa: E402
 from evaluate import evaluate, load_exported  # noqa: E402
 from muon import Muon, orthogonalize  # noqa: E402
+from options import parse_args  # noqa: E402
 from recipes import lr_scale, make_recipe, pixels_seen, resolution_at  # noqa: E402
 
 SMALL = ["--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "160", "--epochs", "2"]
@@ -88,7 +89,7 @@ def test_pretrained_weights_are_evaluated(capsys, monkeypatch):
 
 def test_a_name_of_weights_does_not_promise_them():
     def line(*args, resumed=False):
-        return cifar.row_of_weights(cifar.parse_args(args), resumed).get("begins with", "")
+        return cifar.row_of_weights(parse_args(args), resumed).get("begins with", "")
 
     assert line("--model", "ran_att56_cifar") == ""
     assert "random weights, not those of the name" in line("--model", "ran_att56_cifar.cifar10")

@@ -133,6 +133,15 @@ def test_a_mask_activation_of_ones_own_stays(act):
     assert assert_trains_as_before(module, maps()).mask.head.act.__class__ is act.__class__
 
 
+@pytest.mark.parametrize("act", [HalfSigmoid(), nn.Sigmoid(), MaskActivation("channel")],
+                         ids=lambda act: type(act).__name__)
+def test_a_mask_activation_may_be_replaced_later(act):
+    def replace(module):
+        module.mask.head.act = act
+
+    assert_trains_as_before(AttentionModule(64), maps(), replace)
+
+
 def without(norm: nn.Module, name: str) -> nn.Module:
     if name == "track_running_stats":
         norm.track_running_stats = False

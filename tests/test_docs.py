@@ -230,6 +230,7 @@ def run_study(args: list[str]) -> None:
 def run_cifar(args: list[str], data: Path) -> None:
     """Train for one step on few images, or resume or evaluate what such a training left."""
     import cifar
+    import options
 
     args = [{"DIR": "runs/ran_att56_cifar-cifar10-quick-0"}.get(arg, arg) for arg in args]
     if "--help" in args:
@@ -237,7 +238,7 @@ def run_cifar(args: list[str], data: Path) -> None:
             cifar.main(args)
         assert exit_info.value.code == 0
         return
-    run = cifar.parse_args(args)
+    run = options.parse_args(args)
     if not (run.resume or run.eval_only):  # a reader picks one of the page's commands for a folder
         further = "-further" if run.initial_checkpoint else ""
         folder = run.out or Path("runs") / f"{run.model}-{run.dataset}-{run.recipe or 'quick'}-{run.seed}{further}"

@@ -7,7 +7,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -161,6 +160,7 @@ def test_export_to_onnx_gives_the_same_outputs(weights: Path) -> None:
 
 @pytest.mark.parametrize(("model", "trained"), [("ran_att56_cifar.cifar10", True), ("plain_cnn8_cifar", False)])
 def test_what_is_exported_is_trained_where_the_name_has_weights(capsys, model: str, trained: bool) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
     assert run("export_onnx", "--model", model, "--repeats", "1", "--onnx", "model.onnx")["trained"] is trained
     assert (f"random weights: {model} names none" in capsys.readouterr().out) is not trained
     expected = timm.create_model(model, pretrained=trained).eval()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
+from options import parse_args
 
 SMALL = ["--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "160", "--epochs", "1"]
 
@@ -90,7 +91,7 @@ def test_other_weights_are_refused_to_resume_with(first, tmp_path, capsys):
 
 
 def test_a_classifier_of_other_classes_begins_anew(first):
-    args = cifar.parse_args([*SMALL, "--dataset", "digits"])
+    args = parse_args([*SMALL, "--dataset", "digits"])
     data = cifar.load_dataset("digits", None)
     data.class_names = data.class_names[:7]
     model, _ = cifar.build_model(args, cifar.make_recipe("quick", "digits", {}), data)

@@ -101,7 +101,7 @@ def test_a_resumed_run_measures_nothing_anew(monkeypatch, tmp_path):
 
 @needs_compiler
 def test_the_compiler_may_be_a_command_with_arguments(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", f"env {shutil.which('c++') or shutil.which('g++')}")
+    monkeypatch.setenv("CXX", f"env {os.environ.get('CXX') or shutil.which('c++') or shutil.which('g++')}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert library.__wrapped__() is not None
 

@@ -50,7 +50,7 @@ from test_cifar import fails, run
     (["--eval-only", "--lr", "5"], "--eval-only trains nothing; leave out --lr"),
     (["--eval-only", "--recipe", "best"], "--eval-only trains nothing; leave out --recipe"),
     (["--model-kwargs", "in_chans=1"], "--model-kwargs in_chans follows from the data set and"),
-    (["--model-kwargs", "features_only=true"], "--model-kwargs features_only follows from the data set and"),
+    (["--model-kwargs", "features_only=true"], "--model-kwargs features_only makes a network without classifier"),
     (["--model-kwargs", 'checkpoint_path="x"'], "--model-kwargs checkpoint_path is --initial-checkpoint here"),
     (["--model-kwargs", 'act_layer="foo"'], "--model plain_cnn8_cifar with {'act_layer': 'foo'}: "),
     (["--model", "ran_att56_cifar.cifar1"], "--model ran_att56_cifar.cifar1 with {}: Invalid pretrained tag (cifar1)"),
@@ -124,6 +124,7 @@ def test_of_several_processes_the_first_alone_evaluates(tmp_path, monkeypatch, c
     capsys.readouterr()
     for rank, lines in (("1", 0), ("0", 1)):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
         cifar.main(["--eval-only", "--device", "cpu", "--out", str(tmp_path / "run")])
         assert len(capsys.readouterr().out.splitlines()) == lines
 

@@ -110,6 +110,19 @@ def test_batches_to_normalise_over_are_named_as_what_decides_them(out, capsys):
     assert "over batches of 16 images of 32, this command over 32; with --no-sync-bn it takes as many processes" in line
 
 
+def test_wrong_labels_of_an_earlier_version_are_not_gone_on_with(tmp_path, capsys):
+    settings = ("--epochs", "1", "--limit", "64", "--label-noise", "0.5", "--out", tmp_path)
+    run(*settings)
+    run(*settings, "--resume")
+    assert len(json.loads((tmp_path / "result.json").read_text())["labels_sha256"]) == 64
+    tensors, state = load_checkpoint(tmp_path)
+    for labels in (None, "another"):
+        state.pop("labels_sha256", None) if labels is None else state.update(labels_sha256=labels)
+        with CheckpointWriter(tmp_path) as writer:
+            writer.save(tensors, state)
+        assert "began with other wrong labels, of an earlier version" in fails(capsys, *settings, "--resume")
+
+
 def test_a_folder_whose_name_ends_like_a_flag():
     args = argparse.Namespace(argv=["--out", "my--resume"])
     assert command_to_resume(args, Path("my--resume"), 1).endswith("--out my--resume --resume")

@@ -116,7 +116,7 @@ def test_only_runs_of_one_kind_of_training_are_compared(tiny, tmp_path):
     other.write_text(json.dumps(changed))
     study.main(["--report", *tiny])
     page = (tmp_path / "docs" / "results.md").read_text()
-    assert "| 22.00 ± 2.12 (2 seeds) | +1.00 ± 6.35, too close to call | A |" in page  # seeds 0 and 1
+    assert "| 22.00 ± 2.12 (2 seeds) | +1.00 ± 6.50, too close to call | A |" in page  # seeds 0 and 1
     assert "| 90.00 (1 seed) | not compared: trained under other conditions | A |" in page
     for seed in (0, 1):
         (results / f"tiny-b-8ep-seed{seed}.json").unlink()
@@ -136,7 +136,7 @@ def test_tables_show_means_spreads_and_short_runs(tiny, tmp_path):
     assert f"| A | {published} | 40.00 (1 seed) |  |  | 2.00 | 1.0 | **short**: 3 of 8 | {hardware} |" in page
     assert f"| A | {published} | 21.00 ± 1.41 (2 seeds) |  |  | 2.00 | 1.0 | 8 | {hardware} |" in page
     assert "| 45.00 (1 seed) | +5.00, spread unknown | A |" in page
-    assert "| 21.10 ± 0.85 (2 seeds) | +0.10 ± 5.08, too close to call | A |" in page
+    assert "| 21.10 ± 0.85 (2 seeds) | +0.10 ± 5.02, too close to call | A |" in page
     both = "python benchmarks/cifar.py --seed $seed --out runs/study/tiny-a-8ep-seed$seed"
     assert f"\nfor seed in 0 1; do {both}; done\n" in page
     assert "\npython benchmarks/study.py --table tiny --results runs/results\n```" in page
@@ -149,7 +149,22 @@ def test_tables_show_means_spreads_and_short_runs(tiny, tmp_path):
     assert (tmp_path / "docs" / "results.md").read_text() == page
 
 
-def test_intervals_are_pooled_over_the_comparisons_trained_alike(tiny, tmp_path, monkeypatch):
+def test_wrong_labels_of_an_earlier_version_are_no_result(tiny, tmp_path, monkeypatch, capsys):
+    noisy = Experiment(**{**TINY, "args": ("--limit", "64", "--label-noise", "0.5")})
+    monkeypatch.setattr(study_results, "EXPERIMENTS", {"tiny-a": noisy})
+    save(tmp_path / "results", "tiny-a", 8, 20.0)
+    file = tmp_path / "results" / "tiny-a-8ep-seed0.json"
+    found = json.loads(file.read_text())
+    found["settings"]["label_noise"] = 0.5
+    file.write_text(json.dumps(found))
+    with pytest.raises(SystemExit):
+        study.main(["--report", *tiny])
+    assert "(from before wrong labels had random numbers of their own); remove it" in capsys.readouterr().err
+    file.write_text(json.dumps({**found, "labels_sha256": "0" * 64}))
+    study.main(["--report", *tiny])
+
+
+def test_intervals_are_pooled_over_the_rows_trained_alike(tiny, tmp_path, monkeypatch):
     others = {f"tiny-{letter}": Experiment(**{**TINY, "args": ("--limit", "64", "--lr", rate)})
               for letter, rate in (("b", "0.01"), ("c", "0.02"), ("d", "0.03"))}
     monkeypatch.setattr(study_results, "EXPERIMENTS", {**STUDY, **others})
@@ -167,10 +182,10 @@ def test_intervals_are_pooled_over_the_comparisons_trained_alike(tiny, tmp_path,
         file.write_text(json.dumps(changed))
     study.main(["--report", *tiny])
     page = (tmp_path / "docs" / "results.md").read_text()
-    # Variances 0.01 and 0.16 of three seeds each: 2.776 * sqrt(0.085 / 3), and 2.776 * 0.4 / sqrt(3) of its own.
-    assert "| +1.00 ± 0.47 | A |" in page
-    assert "| +1.20 ± 0.64 | A |" in page
-    assert "| +1.00 ± 0.81 (1 seed) | A |" in page
+    # Variances 0, 0.01 and 0.16 of three seeds each: 2.447 * sqrt(0.17 / 3) * sqrt(2 / 3), and for one seed * sqrt(2).
+    assert "| +1.00 ± 0.48 | A |" in page
+    assert "| +1.20 ± 0.48 | A |" in page
+    assert "| +1.00 ± 0.82 (1 seed) | A |" in page
 
 
 def test_results_of_ones_own_have_a_page_of_their_own(tiny, tmp_path, monkeypatch):
@@ -180,8 +195,8 @@ def test_results_of_ones_own_have_a_page_of_their_own(tiny, tmp_path, monkeypatc
 
     monkeypatch.setattr(study, "execute", execute)
     before = (tmp_path / "docs" / "results.md").read_text()
-    study.main(["--table", "tiny", "--epochs", "8", "--seeds", "0", "--results", str(tmp_path / "own" / "results"),
-                "--runs", str(tmp_path / "runs")])
+    study.main(["--table", "tiny", "--epochs", "8", "--seeds", "0", "--results", str(tmp_path / "own" / "results")])
+    assert (tmp_path / "own" / "results" / "runs").is_dir()
     page = (tmp_path / "own" / "results" / "results.md").read_text()
     assert page.startswith("# Results\n")
     assert "| B |  | 30.00 (1 seed) | +0.00, spread unknown | A |" in page

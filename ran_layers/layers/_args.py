@@ -113,8 +113,9 @@ def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..
 
     Raises:
         TypeError: an argument is neither a name nor a layer class.
-        ValueError: timm has no normalisation with an activation of that name or class; from the constructor, it does
-            not take so many channels, or a device and a dtype, or has no activation, or takes channels last.
+        ValueError: timm has no normalisation with an activation of that name or class, or the class is neither
+            torch's nor timm's; from the constructor, it does not take so many channels, or a device and a dtype, or
+            has no activation, or takes channels last.
     """
     for name, value in (("norm_layer", norm_layer), ("act_layer", act_layer)):
         if not (isinstance(value, str) or _makes_modules(value)):
