@@ -9,6 +9,7 @@
     python benchmarks/cifar.py --eval-only --out DIR       # the accuracy of a finished run
     python benchmarks/cifar.py --eval-only --model NAME    # ... of the weights that timm has under a name
 """
+import ctrl_c  # noqa: F401  (first of all)
 import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
 
 # isort: split

@@ -8,6 +8,8 @@ import textwrap
 import time
 from collections.abc import Iterator
 
+import ctrl_c
+
 
 class RunError(Exception):
     """The command cannot be carried out; the message is one line that says what to do."""
@@ -26,6 +28,7 @@ def told_in_one_line() -> Iterator[None]:
     Of processes that train together the first speaks at once, and another if torchrun does not end it within three
     seconds: then the first had nothing to say.
     """
+    ctrl_c.raise_again()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no training

@@ -11,6 +11,9 @@ Experiments are rows of `experiments.py`. Each run is one call of `cifar.py` in 
 was interrupted, and is never run again once its result lies in --results: by default benchmarks/results/study, where
 those of other machines lie, which are compared with none of yours if they were trained in another way.
 """
+import ctrl_c  # noqa: F401  (first of all)
+
+# isort: split
 import argparse
 import json
 import shutil

@@ -13,6 +13,7 @@ Cases, all in one process and in turn, so that a machine whose speed drifts is f
 Training goes from the stored image to the optimiser's step. Forward is the network alone in evaluation mode, on a batch
 that is on the device; in the harness's form on a GPU compiled and recorded too.
 """
+import ctrl_c  # noqa: F401  (first of all)
 import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
 
 # isort: split
