@@ -28,7 +28,7 @@ def read_page(docs: Path, results: Path) -> str:
     if docs == results and not page.exists():
         return NEW_PAGE
     try:
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
     except OSError as error:
         raise RunError(f"--docs must be a folder with results.md ({error})") from None
     pages.replace_part(page, text, "study", "")

@@ -293,7 +293,7 @@ def pages() -> list[Path]:
 
 def with_tables(page: Path) -> str:
     """Return the text of ``page`` with its tables as they are now."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     for name in parts_of(text):
         if name in TABLES:
             text = replace_part(page, text, name, TABLES[name]())
@@ -304,7 +304,7 @@ def main() -> None:
     with told_in_one_line():
         for page in pages():
             text = with_tables(page)
-            if text != page.read_text():
+            if text != page.read_text(encoding="utf-8"):
                 write_atomic(page, text.encode())
                 print(f"wrote {page.relative_to(REPOSITORY)}")
 

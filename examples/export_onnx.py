@@ -6,7 +6,6 @@
 """
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import onnxruntime
 import timm
 import torch
-from training import write_report
+from training import RunError, check_out, positive, told_in_one_line, write_report
 
 import ran_layers
 
@@ -38,11 +37,22 @@ def main(argv: list[str] | None = None) -> None:
                              "random ones otherwise")
     parser.add_argument("--weights", type=Path, help="safetensors file of the model, instead")
     parser.add_argument("--onnx", type=Path, default=Path("runs/model.onnx"), help="where the exported network goes")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=positive, default=20)
     parser.add_argument("--out", type=Path, default=Path("runs/export_onnx.json"))
     args = parser.parse_args(argv)
+    with told_in_one_line():
+        export(args)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Export, compare, and write the figures.
+
+    Raises:
+        RunError: There are no such weights, a file cannot be written, or the exported network computes something else.
+    """
     if args.weights and not args.weights.is_file():
-        sys.exit(f"error: --weights {args.weights} is no file")
+        raise RunError(f"--weights {args.weights} is no file")
+    check_out(args.out)
     torch.manual_seed(0)
     pretrained = bool(args.weights) or "." in args.model or ":" in args.model
     if not pretrained:
@@ -56,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     images = torch.randn(2, *model.pretrained_cfg["input_size"])
     torch.onnx.export(
         fused, (images,), args.onnx, input_names=["images"], output_names=["logits"],
-        dynamic_shapes=({0: "batch"},), dynamo=True, verbose=False)
+        dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(args.onnx, providers=["CPUExecutionProvider"])
 
     figures = {}
@@ -78,9 +88,10 @@ def main(argv: list[str] | None = None) -> None:
             }
             times = ", ".join(f"{name} {ms} ms" for name, ms in figures[str(batch_size)]["milliseconds"].items())
             print(f"batch {batch_size}: outputs differ by at most {difference:.1e}; {times}")
-    write_report(args.out, torch.device("cpu"), model=args.model, trained=pretrained, batch_sizes=figures)
-    if max(figure["largest_difference"] for figure in figures.values()) > 1e-4:
-        sys.exit("error: the exported network computes something else")
+    write_report(args.out, torch.device("cpu"), model=args.model, weights=args.weights and str(args.weights),
+                 trained=pretrained, batch_sizes=figures)
+    if not all(figure["largest_difference"] <= 1e-4 for figure in figures.values()):  # nor NaN
+        raise RunError("the exported network computes something else")
 
 
 if __name__ == "__main__":

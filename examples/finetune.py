@@ -8,7 +8,6 @@
 With a layer decay of 0.7 each layer learns 0.7 times as fast as the next: the early, general ones are nearly kept.
 """
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,19 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from training import Dataset, RunError, accuracy, load_dataset, pick_device, train, write_report
+from training import (
+    Dataset,
+    RunError,
+    accuracy,
+    check_out,
+    load_dataset,
+    pick_device,
+    positive,
+    steps_of,
+    told_in_one_line,
+    train,
+    write_report,
+)
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
 
@@ -32,7 +43,7 @@ def run(pretrained: bool, data: Dataset, args: argparse.Namespace) -> float:
     # The groups carry an lr_scale, which timm's schedulers apply; torch's would not.
     optimizer = create_optimizer_v2(
         model, opt="adamw", lr=args.lr, weight_decay=0.05, layer_decay=args.layer_decay if pretrained else None)
-    steps = args.epochs * max(1, min(args.images, len(data.train_labels)) // args.batch_size)
+    steps = steps_of(data, args.images, args.batch_size, args.epochs)
     scheduler = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=steps // 5, t_in_epochs=False)
     seconds = train(
         model, optimizer, scheduler, data, epochs=args.epochs, batch_size=args.batch_size, images=args.images,
@@ -49,30 +60,40 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, help="safetensors file of the model (default: those of the package)")
     parser.add_argument("--dataset", choices=("digits", "cifar100"), default="digits")
     parser.add_argument("--data-dir", help="Parquet files on disk, in the Hub's layout (default: the Hub)")
-    parser.add_argument("--images", type=int, default=200, help="train on so many images")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--images", type=positive, default=200, help="train on so many images")
+    parser.add_argument("--epochs", type=positive, default=20)
+    parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--layer-decay", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/finetune.json"))
     args = parser.parse_args(argv)
+    with told_in_one_line():
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Fine-tune, train from scratch, and write both accuracies.
+
+    Raises:
+        RunError: There are no such weights, data or device, or the report cannot be written.
+    """
     if args.weights and not args.weights.is_file():
-        sys.exit(f"error: --weights {args.weights} is no file")
+        raise RunError(f"--weights {args.weights} is no file")
     if not args.weights and ":" not in args.model:  # of a folder or the Hub, timm says what is missing
         cfg = timm.models.get_pretrained_cfg(args.model)
         if not (cfg and cfg.has_weights):
-            sys.exit(f"error: the package has no weights for {args.model}; name a safetensors file with --weights")
-    try:
-        data = load_dataset(args.dataset, args.data_dir)
-    except RunError as error:
-        sys.exit(f"error: {error}")
-
+            raise RunError(f"the package has no weights for {args.model}; name a safetensors file with --weights")
+    device = pick_device(args.device)
+    check_out(args.out)
+    data = load_dataset(args.dataset, args.data_dir)
+    args.images = min(args.images, len(data.train_labels))
     accuracies = {name: round(run(name == "finetuned", data, args), 4) for name in ("finetuned", "scratch")}
     write_report(
-        args.out, pick_device(args.device), model=args.model, dataset=args.dataset, images=args.images,
-        epochs=args.epochs, lr=args.lr, layer_decay=args.layer_decay, accuracy=accuracies)
+        args.out, device, model=args.model, weights=args.weights and str(args.weights), dataset=args.dataset,
+        images=args.images, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, layer_decay=args.layer_decay,
+        seed=args.seed, accuracy=accuracies)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 """
 import argparse
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,19 @@ import timm
 import torch
 import torch.nn as nn
 from timm.scheduler import CosineLRScheduler
-from training import Dataset, RunError, accuracy, load_dataset, pick_device, train, write_report
+from training import (
+    Dataset,
+    RunError,
+    accuracy,
+    check_out,
+    load_dataset,
+    pick_device,
+    positive,
+    steps_of,
+    told_in_one_line,
+    train,
+    write_report,
+)
 
 import ran_layers
 
@@ -39,7 +50,7 @@ def run(attention: bool, seed: int, data: Dataset, args: argparse.Namespace) -> 
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.SGD(
         [dict(params=decay, weight_decay=5e-4), dict(params=rest)], lr=args.lr, momentum=0.9, nesterov=True)
-    steps = args.epochs * max(1, min(args.images, len(data.train_labels)) // args.batch_size)
+    steps = steps_of(data, args.images, args.batch_size, args.epochs)
     scheduler = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=steps // 5, t_in_epochs=False)
     seconds = train(
         model, optimizer, scheduler, data, epochs=args.epochs, batch_size=args.batch_size, images=args.images,
@@ -48,7 +59,7 @@ def run(attention: bool, seed: int, data: Dataset, args: argparse.Namespace) -> 
         "attention": attention,
         "seed": seed,
         "accuracy": round(accuracy(model, data, device), 4),
-        "seconds": round(seconds, 1),
+        "seconds": seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     print(f"{'with' if attention else 'without'} attention, seed {seed}: {100 * figures['accuracy']:.2f} % in "
@@ -60,19 +71,31 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data-dir", help="Parquet files on disk, in the Hub's layout (default: the Hub)")
-    parser.add_argument("--images", type=int, default=5000, help="train on so many images")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--images", type=positive, default=5000, help="train on so many images")
+    parser.add_argument("--epochs", type=positive, default=5)
+    parser.add_argument("--batch-size", type=positive, default=128)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/resnet18_attention.json"))
     args = parser.parse_args(argv)
-    try:
-        data = load_dataset("cifar10", args.data_dir)
-    except RunError as error:
-        sys.exit(f"error: {error}")
+    with told_in_one_line():
+        compare(args)
 
+
+def compare(args: argparse.Namespace) -> None:
+    """Train both networks with each seed, and write what the modules change and cost.
+
+    Raises:
+        RunError: There are no such data or device, the batches are too small, or the report cannot be written.
+    """
+    device = pick_device(args.device)
+    check_out(args.out)
+    data = load_dataset("cifar10", args.data_dir)
+    args.images = min(args.images, len(data.train_labels))
+    if min(args.images, args.batch_size) < 2:
+        raise RunError("--images and --batch-size must be at least 2: the last maps have one pixel, of which batch "
+                       "normalisation needs more")
     runs = [run(attention, seed, data, args) for seed in args.seeds for attention in (False, True)]
     pairs = list(zip(runs[::2], runs[1::2]))  # without attention and with it, of one seed
     gains = [100 * (b["accuracy"] - a["accuracy"]) for a, b in pairs]
@@ -81,9 +104,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"attention changes the accuracy by {gain:+.2f} points (mean of {len(args.seeds)} seeds, "
           f"{'spread unknown' if spread is None else f'deviation {spread:.2f}'}) at {cost:.2f} times the training time")
     write_report(
-        args.out, pick_device(args.device), images=args.images, epochs=args.epochs, batch_size=args.batch_size,
+        args.out, device, images=args.images, epochs=args.epochs, batch_size=args.batch_size,
         lr=args.lr, gain_in_points=round(gain, 2), deviation_of_gain=spread and round(spread, 2),
-        time_ratio=round(cost, 2), runs=runs)
+        time_ratio=round(cost, 2),
+        runs=[{**figures, "seconds": round(figures["seconds"], 1)} for figures in runs])
 
 
 if __name__ == "__main__":

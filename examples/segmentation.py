@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from training import load_dataset, pick_device, write_report
+from training import check_out, load_dataset, pick_device, positive, told_in_one_line, write_report
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
 
@@ -74,15 +74,26 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--backbone", default="ran_att56_cifar",
                         help="any timm model with features_only: with its trained weights if the name has a tag")
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=positive, default=250)
+    parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--test-images", type=int, default=128)
+    parser.add_argument("--test-images", type=positive, default=128)
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/segmentation.json"))
     args = parser.parse_args(argv)
+    with told_in_one_line():
+        segment(args)
+
+
+def segment(args: argparse.Namespace) -> None:
+    """Train, and write the mean intersection over union.
+
+    Raises:
+        RunError: There is no such device, or the report cannot be written.
+    """
     torch.manual_seed(0)
     device = pick_device(args.device)
+    check_out(args.out)
     data = load_dataset("digits")
     train_digits, test_digits = data.train_images[..., 0].float() / 255, data.test_images[..., 0].float() / 255
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,5 @@
 """What the examples share: the loaders of `benchmarks/`, one epoch of training, and accuracy."""
+import copy
 import sys
 import time
 from pathlib import Path
@@ -9,13 +10,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from arguments import positive
 from augment import crop_flip, normalize
 from checkpoint import write_json
 from data import Dataset, load_dataset
-from environment import hardware, pick_device, versions
-from errors import RunError
+from environment import hardware, pick_device, synchronize, versions
+from errors import RunError, told_in_one_line
 
-__all__ = ["Dataset", "RunError", "accuracy", "load_dataset", "pick_device", "train", "write_report"]
+__all__ = ["Dataset", "RunError", "accuracy", "check_out", "load_dataset", "pick_device", "positive", "steps_of",
+           "told_in_one_line", "train", "write_report"]
 
 
 def train(
@@ -31,6 +34,10 @@ def train(
     generator = torch.Generator(device).manual_seed(seed)
     batch_size = min(batch_size, len(x))
     model.train()
+    if device.type == "cuda":  # a first step loads and tries kernels, which is no part of the training
+        batch = normalize(x[:batch_size], mean, std)
+        F.cross_entropy(copy.deepcopy(model)(batch), y[:batch_size]).backward()
+    synchronize(device)
     start, step = time.perf_counter(), 0
     for _ in range(epochs):
         order = torch.randperm(len(x), generator=generator, device=device)
@@ -45,7 +52,14 @@ def train(
             loss.backward()
             optimizer.step()
             step += 1
+    synchronize(device)
     return time.perf_counter() - start
+
+
+def steps_of(data: Dataset, images: int, batch_size: int, epochs: int) -> int:
+    """Return how many steps :func:`train` takes."""
+    rows = min(images, len(data.train_labels))
+    return epochs * (rows // min(batch_size, rows))
 
 
 @torch.no_grad()
@@ -62,6 +76,20 @@ def accuracy(model: nn.Module, data: Dataset, device: torch.device) -> float:
 def statistics_of(data: Dataset, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of the channels in the units of the pixels."""
     return torch.tensor(data.mean, device=device) * 255, torch.tensor(data.std, device=device) * 255
+
+
+def check_out(path: Path) -> None:
+    """Find out before the training whether the report can be written to ``path``.
+
+    Raises:
+        RunError: It cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise RunError(f"--out {path} cannot be written to ({error.strerror}); name another file") from error
 
 
 def write_report(path: Path, device: torch.device, **figures: Any) -> None:

@@ -5,6 +5,8 @@
 Needs Gradio: ``pip install "ran-layers[demo]"``.
 """
 import argparse
+import ipaddress
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.request import getproxies
 
 import timm
 import torch.nn as nn
@@ -24,7 +27,12 @@ from .mask_figure import draw_masks, predict, top_classes
 TITLE = "What a Residual Attention Network attends to"
 ABOUT = (
     "Drop an image. Below it: the prediction, and over the image the mask of each Attention Module: the mean of its "
-    "channels, then the channels that vary most. Nothing leaves this machine.")
+    "channels, then the channels that vary most. ")
+AT_HOME = "Nothing leaves this machine."
+ELSEWHERE = "Your images go to the machine that serves this page, which deletes them after an hour or two."
+CHECKED_EVERY, KEPT_FOR = 600, 3600  # seconds, of the files that were uploaded and made
+# Images of pixels alone: Pillow hands PostScript, which anyone may upload under any name, to an interpreter.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "TGA")
 
 # Gradio's buttons lie over the upper edge of an image, where the picture of the masks has its key to the colours.
 CSS = "#masks img { padding-top: 2rem }"
@@ -39,9 +47,12 @@ def look(path: str | None, name: str, channels: int) -> tuple[dict[str, float] |
     """
     if path is None:
         return None, None
-    model, image = trained_model(name), open_image(path)
+    model, image = trained_model(name), open_image(path, [name for name in FORMATS if name in Image.OPEN])
     _, logits = predict(model, [image])
-    return dict(top_classes(model, logits, 5)[0]), draw_masks(model, [image], channels=channels)
+    classes: dict[str, float] = {}
+    for label, probability in top_classes(model, logits, 5)[0]:  # ImageNet has two cranes
+        classes[label if label not in classes else f"{label} (another class)"] = probability
+    return classes, draw_masks(model, [image], channels=channels)
 
 
 @lru_cache(maxsize=4)
@@ -57,8 +68,8 @@ def trained_model(name: str) -> nn.Module:
     return model
 
 
-def build_page(names: Sequence[str]) -> Any:
-    """Return the page, a ``gradio.Blocks``, that offers the models ``names``."""
+def build_page(names: Sequence[str], host: str = "127.0.0.1") -> Any:
+    """Return the page, a ``gradio.Blocks``, that offers the models ``names`` and is served at ``host``."""
     import gradio as gr
 
     def answer(path: str | None, name: str, channels: float) -> tuple[Any, Any]:
@@ -68,12 +79,15 @@ def build_page(names: Sequence[str]) -> Any:
             # The upload's place on this machine is nobody's business.
             raise gr.Error(str(error).replace(str(path), Path(str(path)).name), print_exception=False) from error
 
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
-        gr.Markdown(f"# {TITLE}\n{ABOUT}")
+    where = AT_HOME if is_this_machine(host) else ELSEWHERE
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(CHECKED_EVERY, KEPT_FOR)) as page:
+        gr.Markdown(f"# {TITLE}\n{ABOUT}{where}")
         with gr.Row():
             image = gr.Image(
                 label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=320,
                 elem_id="image")
+            # Gradio would open the file first, and tell nobody what is wrong with it.
+            image.preprocess = lambda payload: payload and payload.path
             with gr.Column():
                 model = gr.Dropdown(list(names), value=names[0], label="Model", elem_id="model")
                 channels = gr.Slider(0, 8, value=2, step=1, label="Channels beside the mean", elem_id="channels")
@@ -88,6 +102,14 @@ def build_page(names: Sequence[str]) -> Any:
     return page
 
 
+def is_this_machine(host: str) -> bool:
+    """Whether only this machine reaches a server at ``host``."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page until interrupted; return 2 if it cannot be served."""
     parser = argparse.ArgumentParser(prog="python -m ran_layers.demo", description="Serve a page that shows masks.")
@@ -95,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--model", nargs="+", metavar="NAME_OR_DIR", default=timm.list_pretrained("ran_*"),
         help="models to offer: timm names, hf-hub:USER/NAME or run folders (all trained ones of this package)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
-    parser.add_argument("--port", type=at_least(1), help="port to listen at (the first free one from 7860)")
+    parser.add_argument("--port", type=at_least(1, most=65535), help="port to listen at (the first free one from 7860)")
     args = parser.parse_args(argv)
     if find_spec("gradio") is None:
         return fail('the demo needs Gradio: pip install "ran-layers[demo]"')
@@ -104,17 +126,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name in args.model:
             trained_model(name)
-        page = build_page(args.model)
+        page = build_page(args.model, args.host)
     except ValueError as error:
         return fail(str(error))
+    where = f"{args.host}, port {args.port}" if args.port else args.host
+    os.environ.setdefault("GRADIO_RUN_HISTORY", "false")  # which keeps images in the browser, and offers to send them
     try:  # before Gradio does: its server thread would print a traceback
-        socket.create_server((args.host, args.port or 0)).close()
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        socket.create_server((args.host, args.port or 0), family=family).close()
+    except OSError as error:
+        return fail(f"cannot listen at {where}: {error.strerror or error}")
+    try:
         _, url, _ = page.launch(
             server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True, footer_links=[],
-            css=CSS, prevent_thread_lock=True)
-    except OSError as error:
-        where = f"{args.host}, port {args.port}" if args.port else args.host
-        return fail(f"cannot listen at {where}: {error.strerror or error}")
+            css=CSS, prevent_thread_lock=True, max_file_size="50mb")
+    except Exception as error:  # it asks itself over HTTP, and has many names for no answer
+        hint = "; set NO_PROXY to it" if getproxies() else ""
+        return fail(f"cannot serve at {where}: {' '.join(str(error).split()) or type(error).__name__}{hint}")
     print(f"Serving at {url} (Ctrl-C stops it)", flush=True)
     page.block_thread()
     return 0

@@ -1,6 +1,6 @@
 """Read images of any kind for a network: any file that Pillow knows, any size and mode."""
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,12 @@ COMPANIONS = (
     ".yaml", ".yml")
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, formats: Sequence[str] | None = None) -> Image.Image:
     """Return the image of a file as 8-bit RGB, upright; of an animation the first frame, on white where transparent.
+
+    Args:
+        path: The file.
+        formats: Pillow's names of those that it may have; any if None.
 
     Raises:
         OSError: The file cannot be read, or not as an image; the message names it.
@@ -28,7 +32,7 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         if Path(path).is_fifo():
             raise OSError("not a file")  # opening it would wait for somebody to write
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats) as image:
             return to_rgb(image)
     except Exception as error:  # damaged files make Pillow's decoders raise anything
         reason = getattr(error, "strerror", None) or (
@@ -68,13 +72,16 @@ def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
     files: list[Path] = []
     failures: list[str] = []
     for path in map(Path, paths):
-        if not path.is_dir():
+        if not os.path.isdir(path):  # pathlib raises where the path may not be searched
             files.append(path)
             continue
         found: list[Path] = []
+        walked = {os.path.realpath(path)}  # links to folders are followed, and lead nowhere twice
         for folder, folders, names in os.walk(
-                path, onerror=lambda error: failures.append(f"{error.filename}: {error.strerror}")):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+                path, onerror=lambda error: failures.append(f"{error.filename}: {error.strerror}"), followlinks=True):
+            real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders if not name.startswith(".")}
+            folders[:] = sorted(name for name in real if real[name] not in walked)
+            walked.update(real.values())
             found += [
                 Path(folder, name) for name in sorted(names)
                 if not name.startswith(".") and not name.lower().endswith(COMPANIONS)]

@@ -3,6 +3,7 @@
     python -m ran_layers.maps cat.png photos/ --model ran_att56_cifar.cifar10 --out masks.png
 """
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,9 +31,9 @@ def load_model(name: str) -> tuple[nn.Module, bool]:
     """
     folder = Path(name.removeprefix("local-dir:"))
     trained = True
-    if name.startswith("local-dir:") or (folder.is_dir() and not is_model(name)):
+    if name.startswith("local-dir:") or (os.path.isdir(folder) and not is_model(name)):
         for file in ("config.json", "model.safetensors"):
-            if not (folder / file).is_file():
+            if not os.path.isfile(folder / file):
                 raise ValueError(f"model folder {folder} has no {file}")
         name = f"local-dir:{folder}"
     elif ":" not in name and not is_model(name):
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return fail(str(error))
     try:
+        if torch.device(args.device).type == "meta":
+            raise RuntimeError("it has shapes but no numbers")
         model.to(args.device)
     except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
         return fail(f"cannot use device {args.device}: {str(error).splitlines()[0]}")
@@ -115,11 +118,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """Return an argument type: an integer of at least ``minimum``."""
+def at_least(minimum: int, most: int | None = None) -> Callable[[str], int]:
+    """Return an argument type: an integer of at least ``minimum``, and at most ``most``."""
     def integer(text: str) -> int:
         if int(text) < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        if most is not None and int(text) > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
         return int(text)
 
     return integer

@@ -77,6 +77,61 @@ def test_what_cannot_be_served_gets_one_line(run_dir, monkeypatch, capsys):
     assert 'pip install "ran-layers[demo]"' in capsys.readouterr().err
 
 
+def test_what_is_said_of_the_images_depends_on_who_reaches_the_page(run_dir):
+    gradio = pytest.importorskip("gradio", reason="needs Gradio, the extra 'demo'")
+    for host, said in (("127.0.0.1", demo.AT_HOME), ("::1", demo.AT_HOME), ("localhost", demo.AT_HOME),
+                       ("0.0.0.0", demo.ELSEWHERE), ("192.168.0.7", demo.ELSEWHERE), ("example.org", demo.ELSEWHERE)):
+        page = demo.build_page([str(run_dir)], host)
+        about, = (block.value for block in page.blocks.values() if isinstance(block, gradio.Markdown))
+        assert about.endswith(said), host
+        assert page.delete_cache == (demo.CHECKED_EVERY, demo.KEPT_FOR)
+
+
+def test_a_file_that_is_no_image_gets_to_the_page_s_own_message(run_dir, tmp_path):
+    gradio = pytest.importorskip("gradio", reason="needs Gradio, the extra 'demo'")
+    page = demo.build_page([str(run_dir)])
+    image, = (block for block in page.blocks.values() if block.elem_id == "image")
+    heic = tmp_path / "photo.heic"
+    heic.write_bytes(b"no image")
+    payload = gradio.data_classes.ImageData(path=str(heic))
+    assert image.preprocess(payload) == str(heic)
+    assert image.preprocess(None) is None
+    with pytest.raises(OSError, match="not an image that Pillow can read"):
+        demo.look(str(heic), str(run_dir), 1)
+
+
+def test_postscript_is_not_run(run_dir, tmp_path):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture, "EPS")
+    with pytest.raises(OSError, match=r"picture\.png: not an image that Pillow can read"):
+        demo.look(str(picture), str(run_dir), 1)
+
+
+def test_classes_of_one_name_are_both_shown(photo, tmp_path, monkeypatch):
+    model = timm.create_model("ran_att56_cifar", num_classes=2, pretrained_cfg_overlay=dict(label_names=["crane"] * 2))
+    monkeypatch.setattr(demo, "trained_model", lambda name: model.eval())
+    classes, _ = demo.look(str(photo), "any", 0)
+    assert set(classes) == {"crane", "crane (another class)"}
+    assert sum(classes.values()) == pytest.approx(1)
+
+
+def test_what_gradio_cannot_serve_gets_one_line(run_dir, serve, monkeypatch, capsys):
+    import gradio
+
+    def launch(page, **kwargs):
+        raise ValueError("When localhost is not accessible, a shareable link must be created.")
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    assert serve(["--model", str(run_dir)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot serve at 127.0.0.1: When localhost is not accessible")
+    assert error.endswith("; set NO_PROXY to it\n")
+    with pytest.raises(SystemExit):
+        demo.main(["--port", "70000"])
+    assert "must be at most 65535, got 70000" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux only")
 def test_it_binds_where_it_is_told(run_dir, serve, capsys):
     # All of 127.0.0.0/8 is this machine: a server on 127.0.0.1 does not answer at 127.0.0.2, one on 0.0.0.0 does.

@@ -112,15 +112,50 @@ def test_finetuning_takes_the_weights_and_slows_early_layers(weights: Path, monk
     assert rates[1] == 1
 
 
-def test_finetuning_without_weights_says_so(weights: Path) -> None:
-    with pytest.raises(SystemExit, match=r"error: --weights nowhere.safetensors is no file"):
-        import_module("finetune").main(["--weights", "nowhere.safetensors"])
-    with pytest.raises(SystemExit, match=r"error: the package has no weights for ran_att452_cifar_orig.cifar100"):
-        import_module("finetune").main(["--model", "ran_att452_cifar_orig.cifar100"])
-    with pytest.raises(SystemExit, match=r"error: the package has no weights for ran_att57_cifar"):
-        import_module("finetune").main(["--model", "ran_att57_cifar"])
-    with pytest.raises(SystemExit, match="error: no Parquet files of uoft-cs/cifar100 under"):
-        import_module("finetune").main(["--weights", str(weights), "--dataset", "cifar100", "--data-dir", "nowhere"])
+@pytest.mark.parametrize(("example", "args", "message"), [
+    ("finetune", ["--weights", "nowhere.safetensors"], "error: --weights nowhere.safetensors is no file"),
+    ("finetune", ["--model", "ran_att452_cifar_orig.cifar100"],
+     "error: the package has no weights for ran_att452_cifar_orig.cifar100"),
+    ("finetune", ["--model", "ran_att57_cifar"], "error: the package has no weights for ran_att57_cifar"),
+    ("finetune", ["--dataset", "cifar100", "--data-dir", "nowhere"],
+     "error: no Parquet files of uoft-cs/cifar100 under"),
+    ("finetune", ["--images", "-1"], "argument --images: must be at least 1, got -1"),
+    ("finetune", ["--device", "abacus"], "error: --device abacus is not to be had here"),
+    ("finetune", ["--out", "/proc/none/report.json"], "error: --out /proc/none/report.json cannot be written to ("),
+    ("resnet18_attention", ["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
+    ("resnet18_attention", ["--device", "abacus"], "error: --device abacus is not to be had here"),
+    ("segmentation", ["--test-images", "0"], "argument --test-images: must be at least 1, got 0"),
+    ("segmentation", ["--device", "abacus"], "error: --device abacus is not to be had here"),
+    ("export_onnx", ["--weights", "nowhere.safetensors"], "error: --weights nowhere.safetensors is no file"),
+    ("export_onnx", ["--repeats", "0"], "argument --repeats: must be at least 1, got 0"),
+])
+def test_unusable_arguments(capsys: pytest.CaptureFixture[str], example: str, args: list[str], message: str) -> None:
+    if example == "export_onnx":
+        pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
+    with pytest.raises(SystemExit) as exit_info:
+        import_module(example).main(args)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_more_images_than_there_are_and_too_few(small_cifar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--data-dir", str(small_cifar), "--epochs", "1", "--batch-size", "8", *SHORT]
+    report = run("resnet18_attention", *command, "--images", "100")
+    assert report["images"] == 16
+    assert report["time_ratio"] > 0
+    with pytest.raises(SystemExit):
+        import_module("resnet18_attention").main([*command, "--images", "1"])
+    assert "--images and --batch-size must be at least 2" in capsys.readouterr().err
+
+
+def test_an_exported_network_that_gives_no_numbers_fails(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
+    state = safetensors.torch.load_file(weights)
+    state["head.fc.bias"][:] = torch.nan
+    safetensors.torch.save_file(state, weights)
+    with pytest.raises(SystemExit):
+        run("export_onnx", "--model", "plain_cnn8_cifar", "--weights", str(weights), "--repeats", "1")
+    assert "error: the exported network computes something else" in capsys.readouterr().err
 
 
 def test_finetuning_of_a_run_of_ones_own(tmp_path: Path) -> None:

@@ -158,6 +158,8 @@ def test_a_device_that_is_not_there_gets_one_line(photos, run_dir, capsys):
     error = capsys.readouterr().err
     assert "cannot use device abacus: " in error
     assert error.count("\n") == 1
+    assert main([str(photos), "--model", str(run_dir), "--out", str(photos / "m.png"), "--device", "meta"]) == 2
+    assert "cannot use device meta: it has shapes but no numbers" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_written_gets_one_line(photos, run_dir, capsys):

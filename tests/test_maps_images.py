@@ -1,5 +1,6 @@
 """Images of any kind, and what of them a network sees."""
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +92,28 @@ def test_folders_are_walked(tmp_path):
     files, failures = find_images([tmp_path, tmp_path / "none", tmp_path / "notes.txt"])
     assert [str(file.relative_to(tmp_path)) for file in files] == ["a.JPG", "b.png", "deep/er/c.webp", "notes.txt"]
     assert failures == [f"{tmp_path / 'none'}: no image in this folder"]
+
+
+def test_links_to_folders_are_followed_and_lead_nowhere_twice(tmp_path):
+    for folder in ("photos", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").touch()
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "again").symlink_to(tmp_path / "photos")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos")
+    files, failures = find_images([tmp_path / "photos"])
+    assert [str(file.relative_to(tmp_path)) for file in files] == ["photos/a.png", "photos/linked/a.png"]
+    assert failures == []
+
+
+def test_a_path_that_may_not_be_searched_is_named(monkeypatch):
+    def denied(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", denied)  # as pathlib and os.path ask
+    assert find_images(["secret/a.png"]) == ([Path("secret/a.png")], [])
+    with pytest.raises(OSError, match=r"secret/a\.png: Permission denied"):
+        open_image("secret/a.png")
 
 
 def test_files_in_folders_count_whatever_their_name(tmp_path):
