@@ -87,7 +87,7 @@ def build_page(names: Sequence[str], host: str = "127.0.0.1") -> Any:
                 label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=320,
                 elem_id="image")
             # Gradio would open the file first, and tell nobody what is wrong with it.
-            image.preprocess = lambda payload: payload and payload.path
+            vars(image)["preprocess"] = lambda payload: payload and payload.path
             with gr.Column():
                 model = gr.Dropdown(list(names), value=names[0], label="Model", elem_id="model")
                 channels = gr.Slider(0, 8, value=2, step=1, label="Channels beside the mean", elem_id="channels")

@@ -1,6 +1,6 @@
 """Read images of any kind for a network: any file that Pillow knows, any size and mode."""
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ COMPANIONS = (
     ".yaml", ".yml")
 
 
-def open_image(path: str | Path, formats: Sequence[str] | None = None) -> Image.Image:
+def open_image(path: str | Path, formats: list[str] | None = None) -> Image.Image:
     """Return the image of a file as 8-bit RGB, upright; of an animation the first frame, on white where transparent.
 
     Args:
