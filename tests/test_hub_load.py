@@ -260,6 +260,8 @@ def test_layer_folders_that_are_refused(tmp_path):
     with pytest.raises(HubError, match=r"no config.json with the arguments of AttentionModule"):
         AttentionModule.from_pretrained(tmp_path)
     (tmp_path / "other.json").rename(tmp_path / "config.json")
+    with pytest.raises(HubError, match=r"in config.json or beside it, that are none of AttentionModule \(.*'foo'\)"):
+        AttentionModule.from_pretrained(tmp_path, foo=1)
     (tmp_path / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(HubError, match="no whole safetensors file"):
         AttentionModule.from_pretrained(tmp_path)

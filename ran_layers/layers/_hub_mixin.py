@@ -91,8 +91,10 @@ class HubMixin(PyTorchModelHubMixin):
         try:
             inspect.signature(cls.__init__).bind(None, **arguments)
         except TypeError as error:
-            raise HubError(f"{model_id} has no config.json with the arguments of {cls.__name__}, or others came beside "
-                           f"it ({error})") from None
+            of_others = "unexpected" in str(error)
+            wrong = "comes with arguments, in config.json or beside it, that are none" if of_others else (
+                "has no config.json with the arguments")
+            raise HubError(f"{model_id} {wrong} of {cls.__name__} ({error})") from None
         model: Any = cls(**arguments)
         try:
             safetensors.torch.load_model(model, str(weights), strict=strict, device=map_location)
