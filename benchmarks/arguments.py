@@ -36,15 +36,15 @@ def positive(text: str) -> int:
     return count
 
 
-def positive_seconds(text: str) -> float:
-    """Parse a duration above 0."""
+def positive_number(text: str) -> float:
+    """Parse a duration or a rate above 0."""
     try:
-        seconds = float(text)
+        number = float(text)
     except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
+        number = math.nan
+    if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return seconds
+    return number
 
 
 def check_models(names: list[str], flag: str = "--models") -> None:

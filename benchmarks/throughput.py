@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from arguments import Parser, check_models, positive, positive_seconds
+from arguments import Parser, check_models, positive, positive_number
 from checkpoint import write_atomic, write_json
 from cpu_kernels import kernels_pay, why_no_kernels
 from distributed import World
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=positive, default=32, help="side of the images, pixels")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--rounds", type=positive, default=7, help="measurements of each case")
-    parser.add_argument("--seconds", type=positive_seconds, default=1.0, help="least duration of one measurement")
+    parser.add_argument("--seconds", type=positive_number, default=1.0, help="least duration of one measurement")
     parser.add_argument("--out", type=Path, help="folder for throughput.json and throughput.png")
     parser.add_argument("--plot", type=Path, help="where the plot goes (default: into --out)")
     args = parser.parse_args(argv)

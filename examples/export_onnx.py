@@ -14,7 +14,7 @@ from typing import Any
 import onnxruntime
 import timm
 import torch
-from training import RunError, check_out, positive, told_in_one_line, write_report
+from training import RunError, check_model, check_out, positive, told_in_one_line, write_report
 
 import ran_layers
 
@@ -50,6 +50,7 @@ def export(args: argparse.Namespace) -> None:
     Raises:
         RunError: There are no such weights, a file cannot be written, or the exported network computes something else.
     """
+    check_model(args.model, "--model")
     if args.weights and not args.weights.is_file():
         raise RunError(f"--weights {args.weights} is no file")
     check_out(args.out)
@@ -88,10 +89,10 @@ def export(args: argparse.Namespace) -> None:
             }
             times = ", ".join(f"{name} {ms} ms" for name, ms in figures[str(batch_size)]["milliseconds"].items())
             print(f"batch {batch_size}: outputs differ by at most {difference:.1e}; {times}")
-    write_report(args.out, torch.device("cpu"), model=args.model, weights=args.weights and str(args.weights),
-                 trained=pretrained, batch_sizes=figures)
     if not all(figure["largest_difference"] <= 1e-4 for figure in figures.values()):  # nor NaN
         raise RunError("the exported network computes something else")
+    write_report(args.out, torch.device("cpu"), model=args.model, weights=args.weights and str(args.weights),
+                 trained=pretrained, batch_sizes=figures)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ from training import (
     Dataset,
     RunError,
     accuracy,
+    check_model,
     check_out,
     load_dataset,
     pick_device,
     positive,
+    positive_number,
     steps_of,
     told_in_one_line,
     train,
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=positive, default=200, help="train on so many images")
     parser.add_argument("--epochs", type=positive, default=20)
     parser.add_argument("--batch-size", type=positive, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=positive_number, default=2e-3)
     parser.add_argument("--layer-decay", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
@@ -79,6 +81,7 @@ def compare(args: argparse.Namespace) -> None:
     Raises:
         RunError: There are no such weights, data or device, or the report cannot be written.
     """
+    check_model(args.model, "--model")
     if args.weights and not args.weights.is_file():
         raise RunError(f"--weights {args.weights} is no file")
     if not args.weights and ":" not in args.model:  # of a folder or the Hub, timm says what is missing

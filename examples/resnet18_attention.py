@@ -21,6 +21,7 @@ from training import (
     load_dataset,
     pick_device,
     positive,
+    positive_number,
     steps_of,
     told_in_one_line,
     train,
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=positive, default=5000, help="train on so many images")
     parser.add_argument("--epochs", type=positive, default=5)
     parser.add_argument("--batch-size", type=positive, default=128)
-    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--lr", type=positive_number, default=0.1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/resnet18_attention.json"))

@@ -12,7 +12,16 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from training import check_out, load_dataset, pick_device, positive, told_in_one_line, write_report
+from training import (
+    check_model,
+    check_out,
+    load_dataset,
+    pick_device,
+    positive,
+    positive_number,
+    told_in_one_line,
+    write_report,
+)
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
 
@@ -76,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="any timm model with features_only: with its trained weights if the name has a tag")
     parser.add_argument("--steps", type=positive, default=250)
     parser.add_argument("--batch-size", type=positive, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=positive_number, default=2e-3)
     parser.add_argument("--test-images", type=positive, default=128)
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/segmentation.json"))
@@ -91,6 +100,7 @@ def segment(args: argparse.Namespace) -> None:
     Raises:
         RunError: There is no such device, or the report cannot be written.
     """
+    check_model(args.backbone, "--backbone")
     torch.manual_seed(0)
     device = pick_device(args.device)
     check_out(args.out)

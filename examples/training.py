@@ -1,6 +1,9 @@
 """What the examples share: the loaders of `benchmarks/`, one epoch of training, and accuracy."""
 import copy
+import errno
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -10,15 +13,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from arguments import positive
+from arguments import check_models, positive, positive_number
 from augment import crop_flip, normalize
 from checkpoint import write_json
 from data import Dataset, load_dataset
 from environment import hardware, pick_device, synchronize, versions
 from errors import RunError, told_in_one_line
 
-__all__ = ["Dataset", "RunError", "accuracy", "check_out", "load_dataset", "pick_device", "positive", "steps_of",
-           "told_in_one_line", "train", "write_report"]
+__all__ = ["Dataset", "RunError", "accuracy", "check_model", "check_out", "load_dataset", "pick_device", "positive",
+           "positive_number", "steps_of", "told_in_one_line", "train", "write_report"]
 
 
 def train(
@@ -78,6 +81,12 @@ def statistics_of(data: Dataset, device: torch.device) -> tuple[torch.Tensor, to
     return torch.tensor(data.mean, device=device) * 255, torch.tensor(data.std, device=device) * 255
 
 
+def check_model(name: str, flag: str) -> None:
+    """Raise a :class:`RunError` where timm does not know a model ``name``; of folders and the Hub it tells itself."""
+    if ":" not in name:
+        check_models([name], flag)
+
+
 def check_out(path: Path) -> None:
     """Find out before the training whether the report can be written to ``path``.
 
@@ -86,7 +95,9 @@ def check_out(path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a"):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):  # as the report is written: beside it, and then renamed
             pass
     except OSError as error:
         raise RunError(f"--out {path} cannot be written to ({error.strerror}); name another file") from error

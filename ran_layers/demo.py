@@ -29,7 +29,8 @@ ABOUT = (
     "Drop an image. Below it: the prediction, and over the image the mask of each Attention Module: the mean of its "
     "channels, then the channels that vary most. ")
 AT_HOME = "Nothing leaves this machine."
-ELSEWHERE = "Your images go to the machine that serves this page, which deletes them after an hour or two."
+ELSEWHERE = (
+    "Your images go to the machine that serves this page, which deletes them after an hour or two while it does.")
 CHECKED_EVERY, KEPT_FOR = 600, 3600  # seconds, of the files that were uploaded and made
 # Images of pixels alone: Pillow hands PostScript, which anyone may upload under any name, to an interpreter.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "TGA")
@@ -47,6 +48,7 @@ def look(path: str | None, name: str, channels: int) -> tuple[dict[str, float] |
     """
     if path is None:
         return None, None
+    Image.init()  # which formats there are is known after that only
     model, image = trained_model(name), open_image(path, [name for name in FORMATS if name in Image.OPEN])
     _, logits = predict(model, [image])
     classes: dict[str, float] = {}
@@ -138,10 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"cannot listen at {where}: {error.strerror or error}")
     try:
         _, url, _ = page.launch(
-            server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True, footer_links=[],
-            css=CSS, prevent_thread_lock=True, max_file_size="50mb")
+            server_name=f"[{args.host}]" if ":" in args.host else args.host, server_port=args.port, share=False,
+            ssr_mode=False, quiet=True, footer_links=[], css=CSS, prevent_thread_lock=True, max_file_size="50mb")
     except Exception as error:  # it asks itself over HTTP, and has many names for no answer
-        hint = "; set NO_PROXY to it" if getproxies() else ""
+        hint = "; set NO_PROXY to it" if getproxies().keys() - {"no"} else ""
         return fail(f"cannot serve at {where}: {' '.join(str(error).split()) or type(error).__name__}{hint}")
     print(f"Serving at {url} (Ctrl-C stops it)", flush=True)
     page.block_thread()

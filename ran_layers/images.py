@@ -35,8 +35,9 @@ def open_image(path: str | Path, formats: list[str] | None = None) -> Image.Imag
         with Image.open(path, formats=formats) as image:
             return to_rgb(image)
     except Exception as error:  # damaged files make Pillow's decoders raise anything
+        unknown = "not an image that Pillow can read" if formats is None else f"not an image of {', '.join(formats)}"
         reason = getattr(error, "strerror", None) or (
-            "not an image that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else error)
+            unknown if isinstance(error, Image.UnidentifiedImageError) else error)
         raise OSError(f"{path}: {reason}") from error
 
 
@@ -79,9 +80,13 @@ def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
         walked = {os.path.realpath(path)}  # links to folders are followed, and lead nowhere twice
         for folder, folders, names in os.walk(
                 path, onerror=lambda error: failures.append(f"{error.filename}: {error.strerror}"), followlinks=True):
-            real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders if not name.startswith(".")}
-            folders[:] = sorted(name for name in real if real[name] not in walked)
-            walked.update(real.values())
+            kept = []
+            for name in sorted(folders, key=lambda name: (os.path.islink(os.path.join(folder, name)), name)):
+                real = os.path.realpath(os.path.join(folder, name))
+                if not name.startswith(".") and real not in walked:
+                    walked.add(real)
+                    kept.append(name)
+            folders[:] = sorted(kept)
             found += [
                 Path(folder, name) for name in sorted(names)
                 if not name.startswith(".") and not name.lower().endswith(COMPANIONS)]

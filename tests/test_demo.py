@@ -1,5 +1,6 @@
 """The demo page: served on loopback alone, and used in a headless Chromium as a person would."""
 import json
+import os
 import re
 import shutil
 import socket
@@ -96,14 +97,14 @@ def test_a_file_that_is_no_image_gets_to_the_page_s_own_message(run_dir, tmp_pat
     payload = gradio.data_classes.ImageData(path=str(heic))
     assert image.preprocess(payload) == str(heic)
     assert image.preprocess(None) is None
-    with pytest.raises(OSError, match="not an image that Pillow can read"):
+    with pytest.raises(OSError, match=r"photo.heic: not an image of PNG, JPEG, "):
         demo.look(str(heic), str(run_dir), 1)
 
 
 def test_postscript_is_not_run(run_dir, tmp_path):
     picture = tmp_path / "picture.png"
     Image.new("RGB", (8, 8)).save(picture, "EPS")
-    with pytest.raises(OSError, match=r"picture\.png: not an image that Pillow can read"):
+    with pytest.raises(OSError, match=r"picture\.png: not an image of PNG, JPEG, "):
         demo.look(str(picture), str(run_dir), 1)
 
 
@@ -119,9 +120,16 @@ def test_what_gradio_cannot_serve_gets_one_line(run_dir, serve, monkeypatch, cap
     import gradio
 
     def launch(page, **kwargs):
+        assert os.environ["GRADIO_RUN_HISTORY"] == "false"
         raise ValueError("When localhost is not accessible, a shareable link must be created.")
 
     monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    for name in ("GRADIO_RUN_HISTORY", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert serve(["--model", str(run_dir)]) == 2
+    assert "set NO_PROXY" not in capsys.readouterr().err
+    monkeypatch.delenv("NO_PROXY")
     monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
     assert serve(["--model", str(run_dir)]) == 2
     error = capsys.readouterr().err
@@ -130,6 +138,15 @@ def test_what_gradio_cannot_serve_gets_one_line(run_dir, serve, monkeypatch, cap
     with pytest.raises(SystemExit):
         demo.main(["--port", "70000"])
     assert "must be at most 65535, got 70000" in capsys.readouterr().err
+
+
+def test_it_is_served_over_ipv6(run_dir, serve, capsys):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    assert serve(["--model", str(run_dir), "--host", "::1"]) == 0
+    assert "http://[::1]:" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux only")

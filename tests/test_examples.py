@@ -116,7 +116,10 @@ def test_finetuning_takes_the_weights_and_slows_early_layers(weights: Path, monk
     ("finetune", ["--weights", "nowhere.safetensors"], "error: --weights nowhere.safetensors is no file"),
     ("finetune", ["--model", "ran_att452_cifar_orig.cifar100"],
      "error: the package has no weights for ran_att452_cifar_orig.cifar100"),
-    ("finetune", ["--model", "ran_att57_cifar"], "error: the package has no weights for ran_att57_cifar"),
+    ("finetune", ["--model", "ran_att57_cifar"], "error: --model ran_att57_cifar is no timm model; did"),
+    ("finetune", ["--lr", "-1"], "argument --lr: must be a number above 0, got '-1'"),
+    ("segmentation", ["--backbone", "nosuch"], "error: --backbone nosuch is no timm model"),
+    ("export_onnx", ["--model", "nosuch"], "error: --model nosuch is no timm model"),
     ("finetune", ["--dataset", "cifar100", "--data-dir", "nowhere"],
      "error: no Parquet files of uoft-cs/cifar100 under"),
     ("finetune", ["--images", "-1"], "argument --images: must be at least 1, got -1"),
@@ -136,6 +139,7 @@ def test_unusable_arguments(capsys: pytest.CaptureFixture[str], example: str, ar
         import_module(example).main(args)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+    assert not list(Path().rglob("*.json"))
 
 
 def test_more_images_than_there_are_and_too_few(small_cifar: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,10 +99,15 @@ def test_links_to_folders_are_followed_and_lead_nowhere_twice(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.png").touch()
     (tmp_path / "photos" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "first").symlink_to(tmp_path / "photos" / "latest")  # before what it leads to
+    (tmp_path / "photos" / "latest").mkdir()
+    (tmp_path / "photos" / "latest" / "b.png").touch()
+    (tmp_path / "photos" / "twice").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "photos" / "again").symlink_to(tmp_path / "photos")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos")
     files, failures = find_images([tmp_path / "photos"])
-    assert [str(file.relative_to(tmp_path)) for file in files] == ["photos/a.png", "photos/linked/a.png"]
+    assert [str(file.relative_to(tmp_path)) for file in files] == [
+        "photos/a.png", "photos/latest/b.png", "photos/linked/a.png"]
     assert failures == []
 
 
@@ -110,7 +115,8 @@ def test_a_path_that_may_not_be_searched_is_named(monkeypatch):
     def denied(path, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(os, "stat", denied)  # as pathlib and os.path ask
+    monkeypatch.setattr(os, "stat", denied)  # as os.path and most versions of pathlib ask
+    monkeypatch.setattr(Image, "open", denied)
     assert find_images(["secret/a.png"]) == ([Path("secret/a.png")], [])
     with pytest.raises(OSError, match=r"secret/a\.png: Permission denied"):
         open_image("secret/a.png")
