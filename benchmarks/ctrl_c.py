@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def end_at_once() -> None:
-    """Let Ctrl-C end the process, if it runs a script of this folder. What ignores Ctrl-C (a shell's `&`) goes on so."""
+    """Let Ctrl-C end the process, if it runs a script of this folder and does not ignore it, as in a shell's `&`."""
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script and Path(script).resolve().parent == Path(__file__).resolve().parent:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
