@@ -8,6 +8,7 @@ from distributed import normalize_globally
 from timm.layers import BatchNormAct2d
 
 from ran_layers import AttentionModule, LocalMaskBranch, ResidualUnit, ResidualUnitDown, SoftMaskBranch
+from ran_layers.fuse import only_runs
 from ran_layers.layers.attention_module import check_input, check_trunk_shape
 from ran_layers.layers.mask_branch import MaskActivation, MaskHead
 
@@ -41,14 +42,9 @@ def _has_plain_gate(module: AttentionModule, act: type = MaskActivation) -> bool
 
 
 def _only_run(*modules: nn.Module) -> bool:
-    """Whether to call ``modules`` is to run the forward of their classes.
-
-    Otherwise something looks at what goes in and out, or changes it: hooks, as of pruning and of what
-    `ran_layers.insert_attention` put behind a module, or a forward of the object's own.
-    """
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or "forward" in vars(module) for module in modules)
+    """Whether to call ``modules`` is to run the forward of their classes, and nobody waits for their gradients."""
+    return all(
+        only_runs(module) and not module._backward_hooks and not module._backward_pre_hooks for module in modules)
 
 
 def _norm_fits(norm: nn.BatchNorm2d, x: torch.Tensor) -> bool:

@@ -82,7 +82,7 @@ def noise(network: str, share: float) -> Published:
     return Published("paper", network, "cifar10", LABEL_NOISE[network][share], f"{share:.0%} noise")
 
 
-_DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 # Depths of which the paper states an error.
 _PAPER = {"cifar10": (56, 92, 128, 164, 236, 452), "cifar100": (92, 236, 452)}
 _NAIVE = "naive attention learning"
@@ -97,7 +97,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     # ... and how the shipped weights were trained, some of them for longer.
     **{
         f"att{depth}-{dataset}-long": longer(f"ran_att{depth}_cifar", dataset, 110)
-        for dataset in _DATASETS for depth in (56, 92)
+        for dataset in DATASETS for depth in (56, 92)
     },
     # The paper's networks, its recipe and ours.
     **{
@@ -108,7 +108,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     **{
         f"att56-widths-{dataset}-report": Experiment(
             dataset=dataset, recipe="report", model_kwargs=(("channels", [256, 512, 1024, 2048]),))
-        for dataset in _DATASETS
+        for dataset in DATASETS
     },
     # Naive attention learning: M * T instead of (1 + M) * T.
     "att56-naive-report": Experiment(recipe="report", model_kwargs=attention(learning="naive")),
@@ -162,7 +162,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     # Past the paper.
     **{
         f"{name}92-{dataset}-full": longer(f"ran_att92_cifar_{name}", dataset, epochs)
-        for dataset in _DATASETS for name, epochs in (("orig", 150), ("wide", 100))
+        for dataset in DATASETS for name, epochs in (("orig", 150), ("wide", 100))
     },
 }
 
@@ -170,9 +170,9 @@ EXPERIMENTS: dict[str, Experiment] = {
 def report_rows(**remarks: str) -> tuple[Row, ...]:
     """The report's networks on both data sets, trained in the ways that name a ``remark`` for the label."""
     return tuple(
-        Row(f"Attention-{depth}, {_DATASETS[dataset]}{remark}", f"att{depth}-{dataset}-{way}",
+        Row(f"Attention-{depth}, {DATASETS[dataset]}{remark}", f"att{depth}-{dataset}-{way}",
             cite("report", f"Attention-{depth}", dataset), f"att56-{dataset}-{way}" if depth > 56 else "")
-        for dataset in _DATASETS for way, remark in remarks.items() for depth in (56, 92))
+        for dataset in DATASETS for way, remark in remarks.items() for depth in (56, 92))
 
 
 TABLES: dict[str, Table] = {
@@ -191,7 +191,7 @@ TABLES: dict[str, Table] = {
         "The widths for ImageNet on CIFAR",
         "The report began with the paper's widths for ImageNet and saw overfitting: near 0 % error on training images, "
         "43 % on others with CIFAR-10 and 65 % with CIFAR-100 (section 3.1). Its networks have a quarter of them.",
-        tuple(row for dataset, name in _DATASETS.items() for row in (
+        tuple(row for dataset, name in DATASETS.items() for row in (
             Row(f"Attention-56, {name}", f"att56-{dataset}-report", cite("report", "Attention-56", dataset)),
             Row(f"Attention-56, {name}, four times the widths", f"att56-widths-{dataset}-report",
                 against=f"att56-{dataset}-report"))),
@@ -199,7 +199,7 @@ TABLES: dict[str, Table] = {
     "paper": Table(
         "The paper's networks", "Section 4.1 and Table 6 of the paper, single model.",
         tuple(
-            Row(f"Attention-{depth}, {_DATASETS[dataset]}, recipe `{recipe}`", f"orig{depth}-{dataset}-{recipe}",
+            Row(f"Attention-{depth}, {DATASETS[dataset]}, recipe `{recipe}`", f"orig{depth}-{dataset}-{recipe}",
                 cite("paper", f"Attention-{depth}", dataset), f"orig92-{dataset}-{recipe}" if depth != 92 else "")
             for dataset, depths in _PAPER.items() for recipe in ("paper", "best") for depth in depths),
     ),

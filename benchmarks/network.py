@@ -13,7 +13,13 @@ from timm import create_model
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
 
-_OURS = ("num_classes", "in_chans", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+# Arguments of a model that are none of --model-kwargs, and why.
+_REFUSED = {
+    **dict.fromkeys(("num_classes", "in_chans", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
+                    "follows from the data set and what the run begins with; leave it out"),
+    "features_only": "makes a network without classifier; leave it out",
+    "checkpoint_path": "is --initial-checkpoint here, which is recorded",
+}
 
 
 def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> tuple[Any, int]:
@@ -32,12 +38,8 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> tupl
             kwargs[key] = json.loads(value)
         except ValueError:
             raise RunError(f"--model-kwargs must be KEY=VALUE with VALUE as JSON, got {item}") from None
-        if key in _OURS:
-            raise RunError(f"--model-kwargs {key} follows from the data set and what the run begins with; leave it out")
-        if key == "features_only":
-            raise RunError(f"--model-kwargs {key} makes a network without classifier; leave it out")
-        if key == "checkpoint_path":
-            raise RunError(f"--model-kwargs {key} is --initial-checkpoint here, which is recorded")
+        if key in _REFUSED:
+            raise RunError(f"--model-kwargs {key} {_REFUSED[key]}")
     if recipe.drop_path:
         kwargs["drop_path_rate"] = recipe.drop_path
     mean, std = (data.mean, data.std) if recipe.standardize else ((0.0,) * 3, (1.0,) * 3)

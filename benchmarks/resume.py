@@ -37,12 +37,12 @@ def check_folder(out: Path, settings: dict[str, Any], state: dict[str, Any] | No
 
 def check_data(out: Path, digests: dict[str, str], state: dict[str, Any]) -> None:
     """Refuse to go on with a run on other images or labels than those that it began with."""
-    if digests.get("labels_sha256") != state.get("labels_sha256"):
-        raise RunError(f"--resume: the run in {out} began with other wrong labels, of an earlier version; start again "
-                       "in another --out")
     if digests["data_sha256"] != state["data_sha256"]:
         raise RunError(f"--resume: the training images are not those that the run in {out} began with; give its "
                        "--data-dir, or start again in another --out")
+    if digests.get("labels_sha256") != state.get("labels_sha256"):  # of the same images
+        raise RunError(f"--resume: the run in {out} began with other wrong labels, of an earlier version; start again "
+                       "in another --out")
 
 
 def command_to_resume(args: argparse.Namespace, out: Path, processes: int) -> str:

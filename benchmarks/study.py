@@ -250,12 +250,12 @@ def run_all(names: Sequence[str], args: argparse.Namespace) -> None:
     chosen, left = choose(runs, clock, seconds)
     if not runs:
         print("nothing is missing")
-    unfit = [run for run in runs if seconds is not None and (run in left or (clock.seconds(run) or 0) > seconds)]
-    if unfit:
+    estimates = [clock.seconds(run) for run in chosen]
+    begun_all_the_same = seconds is not None and len(chosen) == 1 and (estimates[0] or 0) > seconds
+    if unfit := [*chosen, *left] if begun_all_the_same else left:
         print(f"{len(unfit)} of {len(runs)} runs do not fit into {args.budget:g} minutes; the first is "
               f"{unfit[0].title}, about {duration(clock.seconds(unfit[0]) or 0)}"
-              + (", which is begun all the same" if unfit[0] in chosen else ""))
-    estimates = [clock.seconds(run) for run in chosen]
+              + (", which is begun all the same" if begun_all_the_same else ""))
     if len(chosen) > 1 and None not in estimates:
         print(f"{len(chosen)} runs, about {duration(sum(filter(None, estimates)))} in all", flush=True)
     failed = []

@@ -37,7 +37,7 @@ def pooled(finished: dict[str, list[Finished]], like: Finished) -> Spread | None
 
 def family(group: Finished) -> tuple[Any, ...]:
     """Return what sets how far two runs are apart by chance, as far as there are runs enough to tell."""
-    result = next(iter(group.results.values()))
+    result = group.first
     return result["dataset"], result["recipe"], group.epochs, result["settings"]["label_noise"]
 
 

@@ -3,11 +3,10 @@ import textwrap
 from collections.abc import Iterator
 from io import BytesIO
 
-from experiments import Row, Table
+from experiments import DATASETS, Row, Table
 from study_results import Finished, full_epochs, way_of
 
 Panel = list[tuple[Row, Finished]]
-NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 # Less than this, in points, would fill the width with what the seeds and the choice of test images make of one network.
 LEAST_SPAN = 4.0
 
@@ -17,7 +16,8 @@ def panels(table: Table, finished: dict[str, list[Finished]]) -> dict[tuple[str,
     found: dict[tuple[str, str], Panel] = {}
     for row in table.rows:
         for group in finished.get(row.experiment, ()):
-            found.setdefault((_dataset(group), way_of(group)), []).append((row, group))
+            dataset = group.first["dataset"]
+            found.setdefault((DATASETS.get(dataset, dataset), way_of(group)), []).append((row, group))
     return {key: rows for key, rows in sorted(found.items()) if len(rows) > 1}
 
 
@@ -42,9 +42,9 @@ def draw(table: Table, finished: dict[str, list[Finished]]) -> bytes:
             if row.published:  # last, so that no dot of ours covers it
                 axes.plot([row.published.error], [y], "D", color="black", fillstyle="none",
                           label="published, whole training")
-        axes.set_title(", ".join([NAMES.get(dataset, dataset), way, *(lengths if len(lengths) == 1 else ())]),
+        axes.set_title(", ".join([dataset, way, *(lengths if len(lengths) == 1 else ())]),
                        fontsize="small", loc="left")
-        axes.set_yticks(range(len(rows)), list(_labels(rows, NAMES.get(dataset, dataset), len(lengths) > 1)))
+        axes.set_yticks(range(len(rows)), list(_labels(rows, dataset, len(lengths) > 1)))
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(*_limits([other for (name, _), others in parts.items() if name == dataset for other in others]))
         axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -59,10 +59,6 @@ def draw(table: Table, finished: dict[str, list[Finished]]) -> bytes:
     figure.savefig(buffer, format="png", dpi=120)
     plt.close(figure)
     return buffer.getvalue()
-
-
-def _dataset(group: Finished) -> str:
-    return str(next(iter(group.results.values()))["dataset"])
 
 
 def _length(row: Row, group: Finished) -> str:

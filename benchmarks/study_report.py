@@ -66,8 +66,8 @@ def section(key: str, table: Table, finished: dict[str, list[Finished]]) -> str:
     columns = len(head) if begun else 2
     cells = [line[:columns] for row in table.rows for line in cells_of(row, table, finished)]
     parts = [f"### {table.title}", table.text, pages.table(head[:columns], "lrrrlrrrl"[:columns], cells)]
-    if panels(table, finished):
-        published = any(row.published for rows in panels(table, finished).values() for row, _ in rows)
+    if compared := panels(table, finished):
+        published = any(row.published for rows in compared.values() for row, _ in rows)
         parts.append(f"![{table.title}: our test errors{', and those published' if published else ''}]"
                      f"(assets/study-{key}.png)")
     if begun:
@@ -100,11 +100,10 @@ def cells_of(row: Row, table: Table, finished: dict[str, list[Finished]]) -> Ite
         ours = f"{group.mean:.2f}"
         ours += f" ± {group.deviation:.2f} ({len(group.errors)} seeds)" if group.deviation is not None else " (1 seed)"
         names = sorted({machine(result["hardware"]) for result in group.results.values()})
-        first = next(iter(group.results.values()))
         difference = compare(row, group, finished)
         reference = next((other.label for other in table.rows if other.experiment == row.against), "")
         yield (row.label, published, ours, difference, reference if difference else "",
-               f"{first['params'] / 1e6:.2f}", f"{first['macs'] / 1e6:.1f}", short,
+               f"{group.first['params'] / 1e6:.2f}", f"{group.first['macs'] / 1e6:.1f}", short,
                f"{'; '.join(names)}, {way_of(group)}")
 
 
@@ -118,19 +117,20 @@ def compare(row: Row, group: Finished, finished: dict[str, list[Finished]]) -> s
     if other is None:
         return "not compared: trained under other conditions"
     differences = paired(group, other)
-    text = f"{statistics.mean(differences):+.2f}"
+    mean = statistics.mean(differences)
+    text = f"{mean:+.2f}"
     spread = pooled(finished, group)
     if spread is None:
         return f"{text}, spread unknown"
     half = half_interval(spread, len(differences))
     text += f" ± {half:.2f}" + (" (1 seed)" if len(differences) == 1 else "")
-    return text + ("" if abs(statistics.mean(differences)) > half else ", too close to call")
+    return text + ("" if abs(mean) > half else ", too close to call")
 
 
 def command(name: str, group: Finished) -> str:
     """Return the command of the runs, in a loop over their seeds if they are several, into a folder for each."""
     seeds = " ".join(str(seed) for seed in sorted(group.results))
-    first = next(iter(group.results.values()))["command"]
+    first = group.first["command"]
     several = len(group.results) > 1
     if several:
         first = re.sub(r"--seed [0-9]+", "--seed $seed", first)

@@ -24,8 +24,13 @@ class Finished(NamedTuple):
     results: dict[int, dict[str, Any]]
 
     @property
+    def first(self) -> dict[str, Any]:
+        """The result of one of the seeds, for what all share."""
+        return next(iter(self.results.values()))
+
+    @property
     def conditions(self) -> tuple[Any, ...]:
-        return conditions(next(iter(self.results.values())))
+        return conditions(self.first)
 
     @property
     def errors(self) -> list[float]:
@@ -113,10 +118,9 @@ def conditions(result: dict[str, Any]) -> tuple[Any, ...]:
 
 def way_of(group: Finished) -> str:
     """Return what else than the machine decides whether two runs can be compared."""
-    result = next(iter(group.results.values()))
-    settings = result["settings"]
+    settings = group.first["settings"]
     kernels = ", fused kernels" if settings.get("cpu_kernels") else ""
-    return f"{settings['precision']}{kernels}, torch {result['versions']['torch']}"
+    return f"{settings['precision']}{kernels}, torch {group.first['versions']['torch']}"
 
 
 def recipe_of(name: str) -> Recipe:

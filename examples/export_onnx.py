@@ -14,7 +14,7 @@ from typing import Any
 import onnxruntime
 import timm
 import torch
-from training import RunError, check_model, check_out, positive, told_in_one_line, write_report
+from training import RunError, check_model, check_out, names_weights, positive, told_in_one_line, write_report
 
 import ran_layers
 
@@ -50,12 +50,10 @@ def export(args: argparse.Namespace) -> None:
     Raises:
         RunError: There are no such weights, a file cannot be written, or the exported network computes something else.
     """
-    check_model(args.model, "--model")
-    if args.weights and not args.weights.is_file():
-        raise RunError(f"--weights {args.weights} is no file")
+    check_model(args.model, "--model", args.weights)
     check_out(args.out)
     torch.manual_seed(0)
-    pretrained = bool(args.weights) or "." in args.model or ":" in args.model
+    pretrained = bool(args.weights) or names_weights(args.model)
     if not pretrained:
         print(f"random weights: {args.model} names none; ran_att56_cifar.cifar10 does, or --weights takes a file")
     model = timm.create_model(

@@ -81,9 +81,7 @@ def compare(args: argparse.Namespace) -> None:
     Raises:
         RunError: There are no such weights, data or device, or the report cannot be written.
     """
-    check_model(args.model, "--model")
-    if args.weights and not args.weights.is_file():
-        raise RunError(f"--weights {args.weights} is no file")
+    check_model(args.model, "--model", args.weights)
     if not args.weights and ":" not in args.model:  # of a folder or the Hub, timm says what is missing
         cfg = timm.models.get_pretrained_cfg(args.model)
         if not (cfg and cfg.has_weights):

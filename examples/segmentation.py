@@ -16,6 +16,7 @@ from training import (
     check_model,
     check_out,
     load_dataset,
+    names_weights,
     pick_device,
     positive,
     positive_number,
@@ -34,7 +35,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, backbone: str, width: int = 64) -> None:
         super().__init__()
-        self.backbone = timm.create_model(backbone, pretrained="." in backbone or ":" in backbone, features_only=True)
+        self.backbone = timm.create_model(backbone, pretrained=names_weights(backbone), features_only=True)
         self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in self.backbone.feature_info.channels())
         self.head = nn.Sequential(
             nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False),

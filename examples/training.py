@@ -20,8 +20,8 @@ from data import Dataset, load_dataset
 from environment import hardware, pick_device, synchronize, versions
 from errors import RunError, told_in_one_line
 
-__all__ = ["Dataset", "RunError", "accuracy", "check_model", "check_out", "load_dataset", "pick_device", "positive",
-           "positive_number", "steps_of", "told_in_one_line", "train", "write_report"]
+__all__ = ["Dataset", "RunError", "accuracy", "check_model", "check_out", "load_dataset", "names_weights",
+           "pick_device", "positive", "positive_number", "steps_of", "told_in_one_line", "train", "write_report"]
 
 
 def train(
@@ -81,10 +81,20 @@ def statistics_of(data: Dataset, device: torch.device) -> tuple[torch.Tensor, to
     return torch.tensor(data.mean, device=device) * 255, torch.tensor(data.std, device=device) * 255
 
 
-def check_model(name: str, flag: str) -> None:
-    """Raise a :class:`RunError` where timm does not know a model ``name``; of folders and the Hub it tells itself."""
+def check_model(name: str, flag: str, weights: Path | None = None) -> None:
+    """Raise a :class:`RunError` where timm does not know a model ``name``, or its ``weights`` are no file.
+
+    Of folders and the Hub timm tells itself.
+    """
     if ":" not in name:
         check_models([name], flag)
+    if weights and not weights.is_file():
+        raise RunError(f"--weights {weights} is no file")
+
+
+def names_weights(name: str) -> bool:
+    """Whether a model's name says which weights: it has a tag, or is that of a folder or on the Hub."""
+    return "." in name or ":" in name
 
 
 def check_out(path: Path) -> None:

@@ -97,7 +97,7 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
         act = getattr(norm, "act", None)  # timm's BN with an activation
         if type(before) in CONVS and not _ends_between(levels, watched, source, node):
             left = _fold_into_previous(before, norm)
-        elif (type(act) is nn.ReLU and _only_runs(act) and after and all(map(_is_pointwise, after))
+        elif (type(act) is nn.ReLU and only_runs(act) and after and all(map(_is_pointwise, after))
               and not any(_ends_between(levels, watched, node, user) for user in node.users)):
             left = _fold_into_next(norm, after)
         else:
@@ -158,31 +158,35 @@ class _Tracer(torch.fx.Tracer):
 
 
 def _feature_levels(model: nn.Module) -> set[str]:
-    """Return the names of the modules whose outputs are to stay: a timm model's feature maps, and what has a hook."""
+    """Return the names of the modules whose outputs are to stay, a timm model's feature maps."""
     info: Any = getattr(model, "feature_info", None) or []
     levels = info.module_name() if hasattr(info, "module_name") else (level["module"] for level in info)
-    return {*levels, *_watched(model)}
+    return set(levels)
 
 
 def _watched(model: nn.Module) -> set[str]:
     """Return the names of the modules whose inputs and outputs somebody sees or changes."""
-    return {name for name, module in model.named_modules() if name and not _only_runs(module)}
+    return {name for name, module in model.named_modules() if name and not only_runs(module)}
 
 
-def _only_runs(module: nn.Module) -> bool:
-    """Whether to call ``module`` is to run the forward of its class: it has no hooks and no forward of its own."""
+def only_runs(module: nn.Module) -> bool:
+    """Whether to call ``module`` is to run the forward of its class: it has no hooks and no forward of its own.
+
+    Hooks look at what goes in and out or change it, as those of pruning and of an inserted Attention Module.
+    """
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _ends_between(levels: set[str], watched: set[str], first: torch.fx.Node, second: torch.fx.Node) -> bool:
     """Whether the map between two modules in a row is to stay as it is.
 
-    The first is in a level, perhaps its last, that the second is not in, or the second so in what is ``watched``.
+    The first is in a level or in what is ``watched``, perhaps its last, and the second is not; or the second is in what
+    is watched, and the first is not.
     """
     def is_in(node: torch.fx.Node, level: str) -> bool:
         return node.target == level or str(node.target).startswith(f"{level}.")
 
-    return any(is_in(first, level) and not is_in(second, level) for level in levels) or any(
+    return any(is_in(first, level) and not is_in(second, level) for level in levels | watched) or any(
         is_in(second, level) and not is_in(first, level) for level in watched)
 
 
@@ -218,5 +222,5 @@ def _foldable_modules(model: nn.Module, graph: torch.fx.Graph) -> dict[torch.fx.
     return {
         node: module for node in calls
         if times[module := modules[node.target]] == names[module] == 1 and node.target not in lent
-        and _only_runs(module)
+        and only_runs(module)
     }

@@ -121,6 +121,10 @@ def test_wrong_labels_of_an_earlier_version_are_not_gone_on_with(tmp_path, capsy
         with CheckpointWriter(tmp_path) as writer:
             writer.save(tensors, state)
         assert "began with other wrong labels, of an earlier version" in fails(capsys, *settings, "--resume")
+    state["data_sha256"] = "another"  # other images have other labels too
+    with CheckpointWriter(tmp_path) as writer:
+        writer.save(tensors, state)
+    assert "--resume: the training images are not those" in fails(capsys, *settings, "--resume")
 
 
 def test_a_folder_whose_name_ends_like_a_flag():
