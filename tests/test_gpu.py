@@ -230,9 +230,10 @@ def test_price_of_determinism_keeps_the_setting(monkeypatch):
 
 
 @pytest.mark.cuda
-def test_throughput_on_a_gpu(tmp_path):
+def test_throughput_on_a_gpu(tmp_path, monkeypatch):
     import throughput
 
+    monkeypatch.setattr(throughput, "PRICE_OF_ATTENTION", ())  # to compile one network, not three
     throughput.main(["--models", "ran_att56_cifar", "--batch-sizes", "16", "--rounds", "1", "--seconds", "0.05",
                      "--out", str(tmp_path)])
     result = json.loads((tmp_path / "throughput.json").read_text())

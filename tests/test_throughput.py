@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import throughput
+import throughput_cases
 
 
 def test_cases_are_timed_in_turn_and_compared_with_the_ceilings(tmp_path, monkeypatch, capsys):
@@ -29,12 +30,16 @@ def test_cases_are_timed_in_turn_and_compared_with_the_ceilings(tmp_path, monkey
             assert speed["fraction_of_matmul"] == pytest.approx(speed["images_per_s"] * 2 * row["macs"] * passes / 1e12)
     assert "--models plain_cnn8_cifar --batch-sizes 2" in result["command"]
     assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
-    assert re.search("matrix product in (bf16|fp32) 1000 GFLOP/s", capsys.readouterr().out)
+    shown = capsys.readouterr()
+    assert re.search("matrix product in (bf16|fp32) 1000 GFLOP/s", shown.out)
+    assert [line.split(" batch")[0] for line in shown.err.splitlines() if line.startswith("prepared")] == [
+        f"prepared {row['model']}, {row['form']}, {row['precision']}," for row in result["cases"]]
+    assert "round 2 of 2" in shown.err
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_peak_memory_is_that_of_the_call():
-    peak = throughput.peak_rss(lambda: torch.ones(2 ** 26))  # 256 MiB
+    peak = throughput_cases.peak_rss(lambda: torch.ones(2 ** 26))  # 256 MiB
     assert 250 * 2 ** 20 < peak < 400 * 2 ** 20
 
 
