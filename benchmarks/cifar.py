@@ -34,7 +34,7 @@ from distributed import World, join_world, leave_world
 from environment import command_line, hardware, keep_freed_memory, pick_device, synchronize, versions
 from errors import RunError, told_in_one_line
 from evaluate import evaluate, export_model, load_exported, load_pretrained
-from gpu import choose_kernels, price_of_determinism
+from gpu import choose_kernels, price_of_determinism, why_no_gpu_kernels
 from network import begin_with, build_model
 from options import check_eval_only, parse_args
 from precision import exact_float32, pick_precision
@@ -74,7 +74,8 @@ def train(
     # Everything that decides the result; a checkpoint made under other settings is refused.
     settings = dict(
         model=args.model, model_kwargs=args.model_kwargs, dataset=args.dataset, recipe=recipe_name, **asdict(recipe),
-        seed=args.seed, precision=args.precision, cpu_kernels=args.cpu_kernels, holdout=args.holdout, limit=args.limit,
+        seed=args.seed, precision=args.precision, cpu_kernels=args.cpu_kernels, gpu_kernels=args.gpu_kernels,
+        holdout=args.holdout, limit=args.limit,
         label_noise=args.label_noise, bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
     settings = json.loads(json.dumps(settings))
     # The settings of a resumed run are those of the command that began it, which need not be given again.
@@ -117,7 +118,7 @@ def train(
     # The whole data set lives on the training device.
     trainer = Trainer(
         model, recipe, images.to(device), labels.to(device), autocast, args.seed, world, sync_bn, args.compile,
-        args.cpu_kernels)
+        args.cpu_kernels, args.gpu_kernels)
     if resumed:
         trainer.restore(*resumed)
     if world.main:
@@ -126,7 +127,7 @@ def train(
             "data set": f"{args.dataset}, {len(images)} training and {len(data.test_images)} test images"
                         + (f", {args.holdout} held out" if args.holdout else ""),
             "device": f"{hardware(device)['name']} ({device}), {args.precision}"
-                      + (", fused kernels" if args.cpu_kernels else "")
+                      + (", fused kernels" if args.cpu_kernels or args.gpu_kernels else "")
                       + (f", {world.size} processes" if world.size > 1 else ""),
             "recipe": f"{recipe_name}, {count(recipe.epochs, 'epoch')} of {count(trainer.steps_per_epoch, 'step')} of "
                       f"{recipe.batch_size} images, {recipe.optimizer}, lr {recipe.lr:g}",
@@ -215,6 +216,12 @@ def suit_the_machine(
             raise RunError(f"{began} are not to be had here: {obstacle}")
         if args.cpu_kernels is None:
             args.cpu_kernels = not world.any(int(obstacle is not None or not kernels_pay()))
+    if args.gpu_kernels:
+        obstacle = why_no_gpu_kernels(device, args.compile, world.size, args.deterministic)
+        if args.precision == "fp32":
+            obstacle = obstacle or "they compute in bfloat16, not in --precision fp32"
+        if obstacle:
+            raise RunError(f"--gpu-kernels are not to be had here: {obstacle}")
     args.precision = args.precision or settings.get("precision")  # None: the network decides
 
 

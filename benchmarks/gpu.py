@@ -5,6 +5,7 @@ launches more slowly than a GPU runs them. A CUDA graph launches the whole step 
 """
 import copy
 import gc
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,20 @@ _KINDS_OF_UNITS = 256
 WARM_UP_RUNS = 3  # a compiled function settles, cuDNN chooses its algorithms, the allocator finds its blocks
 
 
+def why_no_gpu_kernels(
+        device: torch.device, compile_mode: str, processes: int = 1, deterministic: bool = False) -> str | None:
+    """Return what keeps networks from training with the kernels of `gpu_kernels.py`, None if nothing does."""
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return "they are for NVIDIA GPUs that compute in bfloat16"
+    if importlib.util.find_spec("triton") is None:
+        return "there is no Triton (pip install triton)"
+    if processes > 1:
+        return "they are for one process"
+    if deterministic:
+        return "they add in no fixed order, which --deterministic rules out"
+    return "--compile model leaves no units to them" if compile_mode == "model" else None
+
+
 def compile_model(model: nn.Module, mode: str) -> Any:
     """Return ``model`` compiled by ``torch.compile``: unit by unit, as a whole, or (``"off"``) not at all.
 
@@ -43,7 +58,8 @@ def compile_model(model: nn.Module, mode: str) -> Any:
     config: Any = torch._dynamo.config  # by its older name, which all versions know
     config.cache_size_limit = max(config.cache_size_limit, _KINDS_OF_UNITS)
     for unit in units:
-        unit.compile(dynamic=False)
+        if not is_fused(unit):
+            unit.compile(dynamic=False)
     return model
 
 
@@ -51,10 +67,15 @@ def _units(model: nn.Module) -> list[nn.Module]:
     """Return the outermost units of ``model``, none if they do not hold most of its parameters."""
     units: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if type(module) in _UNITS and not any(name.startswith(f"{outer}.") for outer in units):
+        if (type(module) in _UNITS or is_fused(module)) and not any(name.startswith(f"{outer}.") for outer in units):
             units[name] = module
     inside = sum(param.numel() for unit in units.values() for param in unit.parameters())
     return list(units.values()) if 2 * inside >= sum(param.numel() for param in model.parameters()) else []
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether the module has the kernels of `gpu_kernels.py`, which Triton compiles by itself."""
+    return getattr(module, "fused", False)
 
 
 class HalfWeights:

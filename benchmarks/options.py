@@ -38,6 +38,8 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     parser.add_argument("--cpu-kernels", action=argparse.BooleanOptionalAction, default=None,
                         help="on a CPU, fused kernels for normalisations, convolutions and masks, which a C++ compiler "
                              "builds (default: where they can be had and do not take twice the time of torch's)")
+    parser.add_argument("--gpu-kernels", action=argparse.BooleanOptionalAction, default=False,
+                        help="on a GPU, our Triton kernels for units, mask heads and gates instead of compiled ones")
     parser.add_argument("--holdout", type=int, default=0, metavar="ROWS",
                         help="keep so many training images out and evaluate each epoch on them")
     parser.add_argument("--eval-every", type=int, default=0, metavar="EPOCHS",

@@ -113,13 +113,13 @@ def conditions(result: dict[str, Any]) -> tuple[Any, ...]:
     """
     settings = result["settings"]
     return (result["hardware"]["device"], result["versions"]["torch"], result["processes"], settings["precision"],
-            settings.get("cpu_kernels", False))
+            settings.get("cpu_kernels", False), settings.get("gpu_kernels", False))
 
 
 def way_of(group: Finished) -> str:
     """Return what else than the machine decides whether two runs can be compared."""
     settings = group.first["settings"]
-    kernels = ", fused kernels" if settings.get("cpu_kernels") else ""
+    kernels = ", fused kernels" if settings.get("cpu_kernels") or settings.get("gpu_kernels") else ""
     return f"{settings['precision']}{kernels}, torch {group.first['versions']['torch']}"
 
 

@@ -30,8 +30,8 @@ from arguments import Parser, check_models, positive, positive_number
 from checkpoint import write_atomic, write_json
 from display import duration
 from environment import command_line, hardware, keep_freed_memory, machine, pick_device, synchronize, versions
-from errors import told_in_one_line
-from gpu import choose_kernels
+from errors import RunError, told_in_one_line
+from gpu import choose_kernels, why_no_gpu_kernels
 from precision import pick_precision
 from throughput_cases import Case, Harness, Loaded, load
 
@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[128])
     parser.add_argument("--size", type=positive, default=32, help="side of the images, pixels")
     parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--gpu-kernels", action=argparse.BooleanOptionalAction, default=False,
+                        help="train in the harness's form with our kernels for GPUs")
     parser.add_argument("--rounds", type=positive, default=7, help="measurements of each case")
     parser.add_argument("--seconds", type=positive_number, default=1.0, help="least duration of one measurement")
     parser.add_argument("--out", type=Path, help="folder for throughput.json and throughput.png")
@@ -57,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         time.sleep(0.5)  # they fill their queues
         keep_freed_memory()
         device = pick_device(args.device)
+        if args.gpu_kernels and (obstacle := why_no_gpu_kernels(device, "units")):
+            raise RunError(f"--gpu-kernels are not to be had here: {obstacle}")
         command = command_line("throughput.py", sys.argv[1:] if argv is None else argv)
         result = dict(command=command, **measure(args, device, loaders))
         print_table(result)
@@ -86,7 +90,7 @@ def measure(
 
     for batch_size in args.batch_sizes:
         for name in dict.fromkeys((*args.models, *PRICE_OF_ATTENTION)):
-            prepare(Harness(name, batch_size, args.size, device))
+            prepare(Harness(name, batch_size, args.size, device, args.gpu_kernels))
             if name in args.models:
                 prepare(Loaded(name, batch_size, args.size, device, loaders[batch_size]))
     precision = pick_precision(device)  # of the faster matrix product, whatever each case trains in

@@ -122,6 +122,11 @@ class Harness(Case):
 
     form = "harness"
 
+    def __init__(
+            self, name: str, batch_size: int, size: int, device: torch.device, gpu_kernels: bool = False) -> None:
+        self.gpu_kernels = gpu_kernels
+        super().__init__(name, batch_size, size, device)
+
     def prepare(self) -> None:
         device = self.device
         model = self.model.to(device, memory_format=torch.channels_last)
@@ -134,7 +139,7 @@ class Harness(Case):
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
         self.trainer = Trainer(
             model, Recipe(epochs=10 ** 6, batch_size=self.batch_size), images.to(device), labels.to(device),
-            self.autocast, 0, World(), False, compile_mode, kernels)
+            self.autocast, 0, World(), False, compile_mode, kernels, self.gpu_kernels)
         if device.type == "cuda":
             torch.compiler.reset()  # each case compiles for itself
         started = time.perf_counter()

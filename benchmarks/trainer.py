@@ -31,11 +31,14 @@ class Trainer:
         sync_bn: Whether batch normalisation spans them.
         compile_mode: What ``torch.compile`` gets: ``"units"``, the ``"model"``, or nothing (``"off"``).
         cpu_kernels: Whether the model trains with the fused kernels for CPUs.
+        gpu_kernels: Whether it trains with those for GPUs, where :func:`gpu.why_no_gpu_kernels` says nothing and the
+            precision is bfloat16.
     """
 
     def __init__(
             self, model: Any, recipe: Recipe, images: torch.Tensor, labels: torch.Tensor, autocast: Any, seed: int,
-            world: World, sync_bn: bool, compile_mode: str, cpu_kernels: bool) -> None:
+            world: World, sync_bn: bool, compile_mode: str, cpu_kernels: bool,
+            gpu_kernels: bool = False) -> None:
         self.model, self.recipe, self.images, self.labels = model, recipe, images, labels
         self.autocast, self.seed, self.world, self.device = autocast, seed, world, images.device
         self.mean = torch.tensor(model.pretrained_cfg["mean"], device=self.device) * 255
@@ -49,6 +52,11 @@ class Trainer:
         with autocast:
             half = torch.is_autocast_enabled(self.device.type)
         self.half = HalfWeights(model) if self.replayed and half else None
+        self.zeros: Any = None  # what these kernels add sums to
+        if self.half and gpu_kernels:
+            from gpu_modules import use_gpu_kernels  # needs Triton
+
+            self.zeros = use_gpu_kernels(self.half.net, dict(zip(self.half.half, self.half.full)))
         if self.replayed:
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.zeros((), device=self.device)  # where a graph reads it
@@ -197,6 +205,8 @@ class Trainer:
         """Take the optimiser's step for a batch; on a GPU this is what a CUDA graph holds."""
         if self.half:
             self.half.load()
+        if self.zeros:
+            self.zeros.clear()
         with self.autocast:
             logits = self.forward(x)
             loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)

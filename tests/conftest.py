@@ -5,12 +5,16 @@ import os
 # for each other. Before torch is imported, and for child processes too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Kernels run without a GPU too. Before timm, which imports Triton.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.nn as nn
 from hub_fixtures import cli, expected, hub, plain_files, run_dir, xet  # noqa: F401 (fixtures)
 

@@ -1,5 +1,6 @@
 """Training steps as they run on a GPU: what can be tested anywhere, and what needs a CUDA device."""
 import copy
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
 from distributed import World
-from gpu import HalfWeights, MovingAverage, compile_model, price_of_determinism, unchanged
+from gpu import HalfWeights, MovingAverage, compile_model, price_of_determinism, unchanged, why_no_gpu_kernels
 from recipes import Recipe
 from trainer import Trainer
 
@@ -39,13 +40,15 @@ def images(device: str, rows: int = 8, side: int = 16) -> torch.Tensor:
     return x.to(device).contiguous(memory_format=torch.channels_last)
 
 
-def trainer(device: str, compile_mode: str = "off", precision: str = "fp32", **recipe: Any) -> Trainer:
+def trainer(
+        device: str, compile_mode: str = "off", precision: str = "fp32", gpu_kernels: bool = False, **recipe: Any,
+) -> Trainer:
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randint(256, (64, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device)
     labels = torch.randint(4, (64,), generator=generator).to(device)
     return Trainer(
         small_net(device), Recipe(epochs=4, batch_size=16, **recipe), pixels, labels, autocast(device, precision), 0,
-        World(), False, compile_mode, False)
+        World(), False, compile_mode, False, gpu_kernels)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -177,6 +180,44 @@ def test_compiled_steps_are_those_of_eager_ones(mode):
         counters = {int(value) for name, value in training.model.state_dict().items() if "num_batches" in name}
         assert counters == {4}
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["off", "units"])
+def test_kernels_train_as_torch_does(mode):
+    recipe = dict(optimizer="muon", lr=0.02, ema_decay=0.9)
+    losses, averages = [], []
+    for gpu_kernels in (False, True):
+        training = trainer("cuda", mode, "bf16", gpu_kernels, **recipe)
+        training.compile()
+        training.model.train()
+        for _ in range(4):
+            training.train_step()
+        losses.append((training.sums[0] / 4).item())
+        averages.append(torch.cat([value.flatten() for name, value in training.averaged.state_dict().items()
+                                   if "running" in name]))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    torch.testing.assert_close(*averages, rtol=0.05, atol=0.05)
+
+
+def test_what_keeps_the_kernels_for_a_gpu_away(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as exit_info:
+        cifar.main(["--dataset", "digits", "--device", "cpu", "--gpu-kernels", "--out", str(tmp_path / "run")])
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: --gpu-kernels are not to be had here: they are for NVIDIA GPUs that compute in bfloat16\n")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    device = torch.device("cuda")
+    assert why_no_gpu_kernels(device, "units") is None or importlib.util.find_spec("triton") is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert why_no_gpu_kernels(device, "units") is why_no_gpu_kernels(device, "off") is None
+    assert "one process" in why_no_gpu_kernels(device, "units", processes=2)
+    assert "--deterministic" in why_no_gpu_kernels(device, "units", deterministic=True)
+    assert "--compile model" in why_no_gpu_kernels(device, "model")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "no Triton" in why_no_gpu_kernels(device, "units")
 
 
 @pytest.mark.cuda

@@ -1,0 +1,276 @@
+"""Modules of a network that train with the kernels of `gpu_kernels.py`."""
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from gpu_kernels import (
+    LARGEST_MATRIX,
+    Norm,
+    Zeros,
+    as_map,
+    backward_of_norm_relu,
+    moments,
+    norm_relu,
+    norm_relu_conv,
+)
+from gpu_mask_kernels import gate, gate_backward, upsample, upsample_backward
+from timm.layers import BatchNormAct2d
+
+from ran_layers import AttentionModule, LocalMaskBranch, ResidualUnit, SoftMaskBranch
+from ran_layers.fuse import only_runs
+from ran_layers.layers.attention_module import check_input, check_trunk_shape
+from ran_layers.layers.mask_branch import MaskActivation, MaskHead, _UpStep, check_map_size, upsample_to
+
+
+def use_gpu_kernels(model: nn.Module, full: dict[nn.Parameter, nn.Parameter] | None = None) -> Zeros:
+    """Let ``model``, channels last and in training, compute its units and mask heads with the kernels.
+
+    Units that change the channels or the resolution, and whatever else the kernels do not take, stay as they are. For
+    a network that nobody else has: hooks that come later are not seen.
+
+    Args:
+        full: For weights of 1x1 convolutions those in float32 that they were cast from, which get the gradients.
+
+    Returns:
+        What is to be cleared before each step.
+    """
+    zeros = Zeros()
+    for module in list(model.modules()):
+        if type(module) is ResidualUnit and _is_plain_unit(module):
+            module.__class__ = FusedUnit
+        elif type(module) is MaskHead and _is_plain_head(module):
+            module.__class__ = FusedHead
+        if isinstance(module, (FusedUnit, FusedHead)):
+            for conv in module.children():
+                if isinstance(conv, nn.Conv2d):
+                    # In a list, since it is no parameter of the layer.
+                    conv.full = [(full or {}).get(conv.weight, conv.weight)]
+    for module in list(model.modules()):
+        if type(module) is AttentionModule and _has_plain_gate(module):
+            module.__class__ = FusedAttentionModule
+        elif type(module) is SoftMaskBranch and only_runs(module):
+            module.__class__ = FusedSoftMaskBranch
+        elif type(module) is _UpStep and only_runs(module):
+            module.__class__ = FusedUpStep
+        if isinstance(module, _Fused):
+            module.zeros = zeros
+    return zeros
+
+
+def _is_plain_norm(norm: Any) -> bool:
+    return (type(norm) is BatchNormAct2d and type(norm.act) is nn.ReLU and type(norm.drop) is nn.Identity
+            and norm.track_running_stats and norm.momentum is not None and norm.affine
+            and norm.weight.dtype is torch.float32 and _is_power_of_two(norm.num_features)
+            and all(only_runs(module) for module in norm.modules()))
+
+
+def _is_power_of_two(channels: int) -> bool:
+    return channels >= 16 and channels & (channels - 1) == 0
+
+
+def _is_plain_conv(conv: Any, size: int) -> bool:
+    return (type(conv) is nn.Conv2d and conv.kernel_size == (size, size) and conv.stride == (1, 1)
+            and conv.padding == (size // 2, size // 2) and conv.dilation == (1, 1) and conv.groups == 1
+            and conv.bias is None and conv.padding_mode == "zeros" and only_runs(conv)
+            and (size > 1 or conv.weight.numel() <= LARGEST_MATRIX))
+
+
+def _is_plain_unit(unit: ResidualUnit) -> bool:
+    return (unit.downsample is None and type(unit.drop_path) is nn.Identity and only_runs(unit)
+            and all(_is_plain_norm(norm) for norm in (unit.norm1, unit.norm2, unit.norm3))
+            and all(_is_plain_conv(conv, size) for conv, size in ((unit.conv1, 1), (unit.conv2, 3), (unit.conv3, 1)))
+            and list(unit._modules) == ["norm1", "conv1", "norm2", "conv2", "norm3", "conv3", "drop_path"])
+
+
+def _is_plain_head(head: MaskHead) -> bool:
+    return (list(head._modules) == ["norm1", "conv1", "norm2", "conv2", "act"] and only_runs(head)
+            and all(_is_plain_norm(norm) for norm in (head.norm1, head.norm2))
+            and all(_is_plain_conv(conv, 1) for conv in (head.conv1, head.conv2)))
+
+
+def _has_plain_gate(module: AttentionModule) -> bool:
+    mask = module.mask
+    return (module.residual and type(mask) in (SoftMaskBranch, FusedSoftMaskBranch, LocalMaskBranch)
+            and list(mask._modules)[-1] == "head" and type(mask.head) in (MaskHead, FusedHead)
+            and list(mask.head._modules)[-1] == "act" and type(mask.head.act) is MaskActivation
+            and mask.head.act.mask_act == "mixed" and all(only_runs(part) for part in (mask, mask.head, mask.head.act)))
+
+
+class _Fused(nn.Module):
+    """A module with kernels."""
+
+    zeros: Zeros
+
+
+def sums_of(x: torch.Tensor, zeros: Zeros) -> torch.Tensor:
+    """Return the sums of a map: those that came with it from the kernel that made it, or they are added up."""
+    sums = getattr(x, "channel_sums", None)
+    return moments(x.detach(), zeros) if sums is None else sums
+
+
+def _with_sums(x: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    x.channel_sums = sums  # type: ignore[attr-defined]  # goes with the tensor to the module that reads it
+    return x
+
+
+class FusedUnit(_Fused, ResidualUnit):
+    """A residual unit with an identity shortcut: thirteen kernels, forward and backward, instead of some thirty."""
+
+    fused = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or x.dtype is not self.conv1.weight.dtype:
+            return super().forward(x)
+        x = as_map(x)
+        return _with_sums(*_Unit.apply(
+            self, x, sums_of(x, self.zeros), self.norm1.weight, self.norm1.bias, self.conv1.full[0], self.norm2.weight,
+            self.norm2.bias, self.conv2.weight, self.norm3.weight, self.norm3.bias, self.conv3.full[0]))
+
+
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, unit, x, sums, weight1, bias1, full1, weight2, bias2, conv2, weight3, bias3, full3):
+        norm1, norm2, norm3 = norms = [Norm(norm, unit.zeros) for norm in (unit.norm1, unit.norm2, unit.norm3)]
+        conv1, conv3 = unit.conv1.weight.detach(), unit.conv3.weight.detach()
+        y1, sums1 = norm_relu_conv(x, sums, norm1, conv1)
+        inner = norm_relu(y1, sums1, norm2)
+        y2 = as_map(F.conv2d(inner, conv2, padding=1))
+        sums2 = moments(y2, unit.zeros)
+        y, sums_of_y = norm_relu_conv(y2, sums2, norm3, conv3, other=x)
+        ctx.save_for_backward(x, sums, conv1, y1, sums1, inner, conv2, y2, sums2, conv3)
+        ctx.norms = norms
+        ctx.mark_non_differentiable(sums_of_y)
+        ctx.set_materialize_grads(False)
+        return y, sums_of_y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, _):
+        x, sums, conv1, y1, sums1, inner, conv2, y2, sums2, conv3 = ctx.saved_tensors
+        (norm1, norm2, norm3), dy = ctx.norms, as_map(dy)
+        dy2, dnorm3, dconv3 = backward_of_norm_relu(y2, sums2, norm3, dy, conv3)
+        dinner, dconv2, _ = torch.ops.aten.convolution_backward(
+            dy2, inner, conv2, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])
+        dy1, dnorm2, _ = backward_of_norm_relu(y1, sums1, norm2, as_map(dinner))
+        dx, dnorm1, dconv1 = backward_of_norm_relu(x, sums, norm1, dy1, conv1, other=dy)
+        return (None, dx, None, dnorm1[1], dnorm1[0], dconv1, dnorm2[1], dnorm2[0], dconv2, dnorm3[1], dnorm3[0],
+                dconv3)
+
+
+class _NormReluConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, norm, conv, x, sums, weight, bias, full):
+        y, sums_of_y = norm_relu_conv(x, sums, norm, conv)
+        ctx.save_for_backward(x, sums, conv)
+        ctx.norm = norm
+        ctx.mark_non_differentiable(sums_of_y)
+        ctx.set_materialize_grads(False)
+        return y, sums_of_y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, _):
+        x, sums, conv = ctx.saved_tensors
+        dx, dnorm, dconv = backward_of_norm_relu(x, sums, ctx.norm, as_map(dy), conv)
+        return None, None, dx, None, dnorm[1], dnorm[0], dconv
+
+
+class FusedHead(_Fused, MaskHead):
+    """The head of a mask branch."""
+
+    fused = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.logits(x))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what goes into the activation."""
+        if not self.training or x.dtype is not self.conv1.weight.dtype:
+            return self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        x = as_map(x)
+        sums = sums_of(x, self.zeros)
+        for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
+            x, sums = _NormReluConv.apply(
+                Norm(norm, self.zeros), conv.weight.detach(), x, sums, norm.weight, norm.bias, conv.full[0])
+        return x
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, zeros, trunk, logits):
+        ctx.save_for_backward(trunk, logits)
+        y, sums = gate(trunk, logits, zeros)
+        ctx.mark_non_differentiable(sums)
+        ctx.set_materialize_grads(False)
+        return y, sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, _):
+        return None, *gate_backward(*ctx.saved_tensors, as_map(dy))
+
+
+class FusedAttentionModule(_Fused, AttentionModule):
+    """An Attention Module whose mask ends in a plain sigmoid: that and the product are one kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pre(check_input(x, self.channels, self.mask_depth))
+        trunk, logits = check_trunk_shape(self.trunk(x), x), self._logits(x)
+        if trunk.dtype is not logits.dtype or not _is_power_of_two(self.channels):
+            return self.post(torch.addcmul(trunk, torch.sigmoid(logits), trunk))
+        return self.post(_with_sums(*_Gate.apply(self.zeros, as_map(trunk), as_map(logits))))
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        # The mask branch with its last module's activation left out.
+        head = self.mask.head
+        act, head.act = head.act, nn.Identity()
+        try:
+            return self.mask(x)
+        finally:
+            head.act = act
+
+
+class _Upsample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, zeros, x, other):
+        y, sums = upsample(x, zeros, other)
+        ctx.has_other = other is not None
+        ctx.mark_non_differentiable(sums)
+        ctx.set_materialize_grads(False)
+        return y, sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, _):
+        return None, upsample_backward(as_map(dy)), dy if ctx.has_other else None
+
+
+def _upsample_to(
+        x: torch.Tensor, target: torch.Tensor, zeros: Zeros, other: torch.Tensor | None = None) -> torch.Tensor:
+    twice = target.shape[2:] == (2 * x.shape[2], 2 * x.shape[3]) and _is_power_of_two(x.shape[1])
+    if twice and x.dtype in (torch.bfloat16, torch.float32) and (other is None or other.dtype is x.dtype):
+        return _with_sums(*_Upsample.apply(zeros, as_map(x), None if other is None else as_map(other)))
+    x = upsample_to(x, target)
+    return x if other is None else x + other
+
+
+class FusedUpStep(_Fused, _UpStep):
+    """A step of the way up: to twice the size, with the skip connection, in one kernel."""
+
+    def forward(self, x: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
+        other = None if self.skip is None else self.skip(feature)
+        return self.units(_upsample_to(x, feature, self.zeros, other))
+
+
+class FusedSoftMaskBranch(_Fused, SoftMaskBranch):
+    """A soft mask branch whose last step up is one kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = [check_map_size(x, self.mask_depth)]
+        for down in self.down:
+            features.append(down(features[-1]))
+        x = self.bottom(features.pop())
+        for up in self.up:
+            x = up(x, features.pop())
+        return self.head(_upsample_to(x, features.pop(), self.zeros))
