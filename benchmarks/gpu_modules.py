@@ -102,6 +102,11 @@ class _Fused(nn.Module):
 
     zeros: Zeros
 
+    def takes(self, x: torch.Tensor, *others: torch.Tensor) -> bool:
+        """Whether the kernels, which count in 32 bits, take these maps of one type."""
+        return (self.training and _is_power_of_two(x.shape[1]) and x.numel() < 2 ** 31
+                and all(other.dtype is x.dtype for other in others))
+
 
 def sums_of(x: torch.Tensor, zeros: Zeros) -> torch.Tensor:
     """Return the sums of a map: those that came with it from the kernel that made it, or they are added up."""
@@ -120,7 +125,7 @@ class FusedUnit(_Fused, ResidualUnit):
     fused = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or x.dtype is not self.conv1.weight.dtype:
+        if not self.takes(x, self.conv1.weight):
             return super().forward(x)
         x = as_map(x)
         return _with_sums(*_Unit.apply(
@@ -186,7 +191,7 @@ class FusedHead(_Fused, MaskHead):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return what goes into the activation."""
-        if not self.training or x.dtype is not self.conv1.weight.dtype:
+        if not self.takes(x, self.conv1.weight):
             return self.conv2(self.norm2(self.conv1(self.norm1(x))))
         x = as_map(x)
         sums = sums_of(x, self.zeros)
@@ -217,7 +222,7 @@ class FusedAttentionModule(_Fused, AttentionModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pre(check_input(x, self.channels, self.mask_depth))
         trunk, logits = check_trunk_shape(self.trunk(x), x), self._logits(x)
-        if trunk.dtype is not logits.dtype or not _is_power_of_two(self.channels):
+        if not self.takes(trunk, logits):
             return self.post(torch.addcmul(trunk, torch.sigmoid(logits), trunk))
         return self.post(_with_sums(*_Gate.apply(self.zeros, as_map(trunk), as_map(logits))))
 
@@ -247,10 +252,10 @@ class _Upsample(torch.autograd.Function):
 
 
 def _upsample_to(
-        x: torch.Tensor, target: torch.Tensor, zeros: Zeros, other: torch.Tensor | None = None) -> torch.Tensor:
-    twice = target.shape[2:] == (2 * x.shape[2], 2 * x.shape[3]) and _is_power_of_two(x.shape[1])
-    if twice and x.dtype in (torch.bfloat16, torch.float32) and (other is None or other.dtype is x.dtype):
-        return _with_sums(*_Upsample.apply(zeros, as_map(x), None if other is None else as_map(other)))
+        module: _Fused, x: torch.Tensor, target: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+    others = [] if other is None else [other]
+    if target.shape[2:] == (2 * x.shape[2], 2 * x.shape[3]) and module.takes(target, x, *others):
+        return _with_sums(*_Upsample.apply(module.zeros, as_map(x), None if other is None else as_map(other)))
     x = upsample_to(x, target)
     return x if other is None else x + other
 
@@ -260,7 +265,7 @@ class FusedUpStep(_Fused, _UpStep):
 
     def forward(self, x: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
         other = None if self.skip is None else self.skip(feature)
-        return self.units(_upsample_to(x, feature, self.zeros, other))
+        return self.units(_upsample_to(self, x, feature, other))
 
 
 class FusedSoftMaskBranch(_Fused, SoftMaskBranch):
@@ -273,4 +278,4 @@ class FusedSoftMaskBranch(_Fused, SoftMaskBranch):
         x = self.bottom(features.pop())
         for up in self.up:
             x = up(x, features.pop())
-        return self.head(_upsample_to(x, features.pop(), self.zeros))
+        return self.head(_upsample_to(self, x, features.pop()))
