@@ -16,6 +16,7 @@ import torch
 import torch._dynamo
 import torch.nn as nn
 from environment import synchronize
+from errors import RunError
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnetv2 import PreActBasic, PreActBottleneck
 from timm.utils import ModelEmaV3
@@ -53,12 +54,15 @@ def compile_model(model: nn.Module, mode: str) -> Any:
     if mode == "off":
         return model
     units = _units(model) if mode == "units" else []
+    if not units and any(_has_kernels(module) for module in model.modules()):
+        raise RunError("--gpu-kernels: this network would be compiled as a whole, which leaves nothing to them; give "
+                       "--compile off or leave the kernels out")
     if not units:
         return torch.compile(model, dynamic=False)  # each resolution its own kernels
     config: Any = torch._dynamo.config  # by its older name, which all versions know
     config.cache_size_limit = max(config.cache_size_limit, _KINDS_OF_UNITS)
     for unit in units:
-        if not is_fused(unit):
+        if not any(_has_kernels(module) for module in unit.modules()):
             unit.compile(dynamic=False)
     return model
 
@@ -67,15 +71,19 @@ def _units(model: nn.Module) -> list[nn.Module]:
     """Return the outermost units of ``model``, none if they do not hold most of its parameters."""
     units: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if (type(module) in _UNITS or is_fused(module)) and not any(name.startswith(f"{outer}.") for outer in units):
+        if _is_unit(module) and not any(name.startswith(f"{outer}.") for outer in units):
             units[name] = module
     inside = sum(param.numel() for unit in units.values() for param in unit.parameters())
     return list(units.values()) if 2 * inside >= sum(param.numel() for param in model.parameters()) else []
 
 
-def is_fused(module: nn.Module) -> bool:
-    """Whether the module has the kernels of `gpu_kernels.py`, which Triton compiles by itself."""
-    return getattr(module, "fused", False)
+def _has_kernels(module: nn.Module) -> bool:
+    """Whether the module calls the kernels of `gpu_kernels.py`, which Triton compiles by itself."""
+    return hasattr(module, "zeros")
+
+
+def _is_unit(module: nn.Module) -> bool:
+    return type(module) in _UNITS or (_has_kernels(module) and isinstance(module, _UNITS))
 
 
 class HalfWeights:

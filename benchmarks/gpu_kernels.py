@@ -36,102 +36,115 @@ def _update_running(running_mean, running_var, mean, var, c, rows, momentum):
 
 
 @triton.jit
-def _moments(x, sums, rows, C: tl.constexpr, ROWS: tl.constexpr):
+def _relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a NaN is to be seen in the loss
+
+
+@triton.jit
+def add_sums(sums, c, C: tl.constexpr, first, second):
+    # Relaxed: the kernel that reads the sums comes after this one.
+    tl.atomic_add(sums + c, tl.sum(first, 0), sem="relaxed")
+    tl.atomic_add(sums + C + c, tl.sum(second, 0), sem="relaxed")
+
+
+@triton.jit
+def _moments(x, sums, rows, C: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     c = tl.arange(0, C)
-    total, squares = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    total, squares = tl.zeros((ROWS, C), tl.float32), tl.zeros((ROWS, C), tl.float32)
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         r = start + tl.arange(0, ROWS)
         values = tl.load(x + r[:, None] * C + c[None, :], mask=r[:, None] < rows, other=0.0).to(tl.float32)
-        total += tl.sum(values, 0)
-        squares += tl.sum(values * values, 0)
-    tl.atomic_add(sums + c, total)
-    tl.atomic_add(sums + C + c, squares)
+        total += values
+        squares += values * values
+    add_sums(sums, c, C, total, squares)
 
 
 @triton.jit
 def _norm_relu(x, sums, weight, bias, running_mean, running_var, y, rows, eps, momentum, C: tl.constexpr,
-               ROWS: tl.constexpr):
+               ROWS: tl.constexpr, STAGES: tl.constexpr):
     c = tl.arange(0, C)
     mean, var, _, scale, shift = _normalization(sums, weight, bias, c, rows, eps, C)
     if tl.program_id(0) == 0:
         _update_running(running_mean, running_var, mean, var, c, rows, momentum)
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         r = start + tl.arange(0, ROWS)
         at, inside = r[:, None] * C + c[None, :], r[:, None] < rows
         values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        values = tl.maximum(values * scale[None, :] + shift[None, :], 0.0)
+        values = _relu(values * scale[None, :] + shift[None, :])
         tl.store(y + at, values.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _norm_relu_matmul(
         x, sums, weight, bias, running_mean, running_var, matrix, other, y, sums_of_y, rows, eps, momentum,
-        IN: tl.constexpr, OUT: tl.constexpr, HAS_OTHER: tl.constexpr, ROWS: tl.constexpr):
+        IN: tl.constexpr, OUT: tl.constexpr, HAS_OTHER: tl.constexpr, HAS_SUMS: tl.constexpr, ROWS: tl.constexpr,
+        STAGES: tl.constexpr):
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
     mean, var, _, scale, shift = _normalization(sums, weight, bias, i, rows, eps, IN)
     if tl.program_id(0) == 0:
         _update_running(running_mean, running_var, mean, var, i, rows, momentum)
     transposed = tl.load(matrix + o[None, :] * IN + i[:, None])
-    total, squares = tl.zeros((OUT,), tl.float32), tl.zeros((OUT,), tl.float32)
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    total, squares = tl.zeros((ROWS, OUT), tl.float32), tl.zeros((ROWS, OUT), tl.float32)
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         r = start + tl.arange(0, ROWS)
         inside = r[:, None] < rows
         values = tl.load(x + r[:, None] * IN + i[None, :], mask=inside, other=0.0).to(tl.float32)
-        values = tl.maximum(values * scale[None, :] + shift[None, :], 0.0).to(x.dtype.element_ty)
+        values = _relu(values * scale[None, :] + shift[None, :]).to(x.dtype.element_ty)
         product = tl.dot(values, transposed, input_precision="ieee")
         at = r[:, None] * OUT + o[None, :]
         if HAS_OTHER:
             product += tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
         rounded = product.to(y.dtype.element_ty)
         tl.store(y + at, rounded, mask=inside)
-        counted = tl.where(inside, rounded.to(tl.float32), 0.0)
-        total += tl.sum(counted, 0)
-        squares += tl.sum(counted * counted, 0)
-    tl.atomic_add(sums_of_y + o, total)
-    tl.atomic_add(sums_of_y + OUT + o, squares)
+        if HAS_SUMS:
+            counted = tl.where(inside, rounded.to(tl.float32), 0.0)
+            total += counted
+            squares += counted * counted
+    if HAS_SUMS:
+        add_sums(sums_of_y, o, OUT, total, squares)
 
 
 @triton.jit
 def _backward_sums(
         x, sums, weight, bias, dy, matrix, dsums, dmatrix, rows, eps,
-        IN: tl.constexpr, OUT: tl.constexpr, MATMUL: tl.constexpr, ROWS: tl.constexpr):
+        IN: tl.constexpr, OUT: tl.constexpr, MATMUL: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
     mean, _, inv_std, scale, shift = _normalization(sums, weight, bias, i, rows, eps, IN)
-    total, products = tl.zeros((IN,), tl.float32), tl.zeros((IN,), tl.float32)
+    total, products = tl.zeros((ROWS, IN), tl.float32), tl.zeros((ROWS, IN), tl.float32)
     if MATMUL:
         weights = tl.load(matrix + o[:, None] * IN + i[None, :])
         dweights = tl.zeros((OUT, IN), tl.float32)
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         r = start + tl.arange(0, ROWS)
         inside = r[:, None] < rows
         values = tl.load(x + r[:, None] * IN + i[None, :], mask=inside, other=0.0).to(tl.float32)
         before_relu = values * scale[None, :] + shift[None, :]
         d = tl.load(dy + r[:, None] * OUT + o[None, :], mask=inside, other=0.0)
         if MATMUL:
-            after_relu = tl.maximum(before_relu, 0.0).to(x.dtype.element_ty)
+            after_relu = _relu(before_relu).to(x.dtype.element_ty)
             dweights += tl.dot(tl.trans(d), after_relu, input_precision="ieee")
             dvalues = tl.dot(d, weights, input_precision="ieee")
         else:
             dvalues = d.to(tl.float32)
         dvalues = tl.where(before_relu > 0, dvalues, 0.0)
-        total += tl.sum(dvalues, 0)
-        products += tl.sum(dvalues * (values - mean[None, :]) * inv_std[None, :], 0)
-    tl.atomic_add(dsums + i, total)
-    tl.atomic_add(dsums + IN + i, products)
+        total += dvalues
+        products += dvalues * (values - mean[None, :]) * inv_std[None, :]
+    add_sums(dsums, i, IN, total, products)
     if MATMUL:
-        tl.atomic_add(dmatrix + o[:, None] * IN + i[None, :], dweights)
+        tl.atomic_add(dmatrix + o[:, None] * IN + i[None, :], dweights, sem="relaxed")
 
 
 @triton.jit
 def _backward_input(
         x, sums, weight, bias, dy, matrix, dsums, other, dx, rows, eps,
-        IN: tl.constexpr, OUT: tl.constexpr, MATMUL: tl.constexpr, HAS_OTHER: tl.constexpr, ROWS: tl.constexpr):
+        IN: tl.constexpr, OUT: tl.constexpr, MATMUL: tl.constexpr, HAS_OTHER: tl.constexpr, ROWS: tl.constexpr,
+        STAGES: tl.constexpr):
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
     mean, _, inv_std, scale, shift = _normalization(sums, weight, bias, i, rows, eps, IN)
     mean_of_d, mean_of_products = tl.load(dsums + i) / rows, tl.load(dsums + IN + i) / rows
     if MATMUL:
         weights = tl.load(matrix + o[:, None] * IN + i[None, :])
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         r = start + tl.arange(0, ROWS)
         at, inside = r[:, None] * IN + i[None, :], r[:, None] < rows
         values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -145,15 +158,27 @@ def _backward_input(
         tl.store(dx + at, dvalues.to(dx.dtype.element_ty), mask=inside)
 
 
-def launch_shape(x: torch.Tensor, *channels: int) -> tuple[tuple[int], int, dict[str, int]]:
-    """Return the grid, the positions that a program takes at a time, and the warps of a kernel over the map ``x``.
+def launch_shape(
+        x: torch.Tensor, *channels: int, matmul: bool = False, programs: int = _PROGRAMS, stages: int = 3,
+) -> tuple[tuple[int], tuple[int, int], dict[str, int]]:
+    """Return the grid of a kernel over the map ``x``, what it takes at once, and the options of its launch.
 
-    So that what it holds of maps of so many ``channels`` fits its registers.
+    So that what a program holds of maps of so many ``channels`` fits its registers.
+
+    Args:
+        programs: At most so many for each multiprocessor.
+        stages: Loads that a program has under way, each of all that it takes at a time.
+
+    Returns:
+        The grid, then the positions that a program takes at a time and the loads it has under way, then its warps.
     """
-    rows = 64 if max(channels) < 256 else 32
+    widest = max(channels)
+    rows = (64 if widest < 256 else 32) if matmul else max(16, 4096 // widest)
     units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 0
-    programs = min(triton.cdiv(rows_of(x), rows), _PROGRAMS * units or _ON_CPU)
-    return (programs,), rows, dict(num_warps=8 if max(channels) >= 128 else 4)
+    if x.dtype is torch.float32:  # which is for tests: several do not fit the memory of a multiprocessor
+        stages = 1
+    grid = min(triton.cdiv(rows_of(x), rows), programs * units or _ON_CPU)
+    return (grid,), (rows, stages), dict(num_warps=8 if matmul and widest >= 128 else 4)
 
 
 class Zeros:
@@ -209,7 +234,7 @@ def moments(x: torch.Tensor, zeros: Zeros) -> torch.Tensor:
     channels = x.shape[1]
     sums = zeros.take(x, 2, channels)
     grid, at_once, options = launch_shape(x, channels)
-    _moments[grid](x, sums, rows_of(x), channels, at_once, **options)
+    _moments[grid](x, sums, rows_of(x), channels, *at_once, **options)
     return sums
 
 
@@ -219,12 +244,13 @@ def norm_relu(x: torch.Tensor, sums: torch.Tensor, norm: Norm) -> torch.Tensor:
     grid, at_once, options = launch_shape(x, channels)
     _norm_relu[grid](
         x, sums, norm.weight, norm.bias, norm.running_mean, norm.running_var, y, rows_of(x), norm.eps, norm.momentum,
-        channels, at_once, **options)
+        channels, *at_once, **options)
     return y
 
 
 def norm_relu_conv(
         x: torch.Tensor, sums: torch.Tensor, norm: Norm, matrix: torch.Tensor, other: torch.Tensor | None = None,
+        with_sums: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``relu(norm(x))`` through a 1x1 convolution, plus ``other``, and the sums of that.
 
@@ -232,14 +258,16 @@ def norm_relu_conv(
 
     Args:
         matrix: Weight of the convolution ``(out, in, 1, 1)``, of the type of ``x``.
+        with_sums: Otherwise the sums stay zeros.
     """
     outs, ins = matrix.shape[:2]
     y = torch.empty((len(x), outs, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     sums_of_y = norm.zeros.take(x, 2, outs)
-    grid, at_once, options = launch_shape(x, ins, outs)
+    grid, at_once, options = launch_shape(x, ins, outs, matmul=True)
     _norm_relu_matmul[grid](
         x, sums, norm.weight, norm.bias, norm.running_mean, norm.running_var, matrix, y if other is None else other, y,
-        sums_of_y, rows_of(x), norm.eps, norm.momentum, ins, outs, other is not None, at_once, **options)
+        sums_of_y, rows_of(x), norm.eps, norm.momentum, ins, outs, other is not None, with_sums,
+        *at_once, **options)
     return y, sums_of_y
 
 
@@ -257,11 +285,14 @@ def backward_of_norm_relu(
     outs = ins if matrix is None else matrix.shape[0]
     dsums, dx = norm.zeros.take(x, 2, ins), torch.empty_like(x)
     dmatrix = None if matrix is None else norm.zeros.take(x, *matrix.shape)
-    grid, at_once, options = launch_shape(x, ins, outs)
+    # Each program adds a whole matrix to that of the others in the end.
+    programs = 1 if matrix is not None and ins * outs >= 64 * 64 else _PROGRAMS
+    grid, at_once, options = launch_shape(x, ins, outs, matmul=matrix is not None, programs=programs)
     _backward_sums[grid](
         x, sums, norm.weight, norm.bias, dy, x if matrix is None else matrix, dsums, x if dmatrix is None else dmatrix,
-        rows_of(x), norm.eps, ins, outs, matrix is not None, at_once, **options)
+        rows_of(x), norm.eps, ins, outs, matrix is not None, *at_once, **options)
+    grid, at_once, options = launch_shape(x, ins, outs, matmul=matrix is not None)
     _backward_input[grid](
         x, sums, norm.weight, norm.bias, dy, x if matrix is None else matrix, dsums, dx if other is None else other, dx,
-        rows_of(x), norm.eps, ins, outs, matrix is not None, other is not None, at_once, **options)
+        rows_of(x), norm.eps, ins, outs, matrix is not None, other is not None, *at_once, **options)
     return dx, dsums, dmatrix

@@ -2,14 +2,14 @@
 import torch
 import triton
 import triton.language as tl
-from gpu_kernels import Zeros, launch_shape, rows_of
+from gpu_kernels import Zeros, add_sums, launch_shape, rows_of
 
 
 @triton.jit
-def _gate(trunk, logits, y, sums_of_y, rows, C: tl.constexpr, ROWS: tl.constexpr):
+def _gate(trunk, logits, y, sums_of_y, rows, C: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     c = tl.arange(0, C)
-    total, squares = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    total, squares = tl.zeros((ROWS, C), tl.float32), tl.zeros((ROWS, C), tl.float32)
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         r = start + tl.arange(0, ROWS)
         at, inside = r[:, None] * C + c[None, :], r[:, None] < rows
         values = tl.load(trunk + at, mask=inside, other=0.0).to(tl.float32)
@@ -17,10 +17,9 @@ def _gate(trunk, logits, y, sums_of_y, rows, C: tl.constexpr, ROWS: tl.constexpr
         rounded = values.to(y.dtype.element_ty)
         tl.store(y + at, rounded, mask=inside)
         counted = tl.where(inside, rounded.to(tl.float32), 0.0)
-        total += tl.sum(counted, 0)
-        squares += tl.sum(counted * counted, 0)
-    tl.atomic_add(sums_of_y + c, total)
-    tl.atomic_add(sums_of_y + C + c, squares)
+        total += counted
+        squares += counted * counted
+    add_sums(sums_of_y, c, C, total, squares)
 
 
 @triton.jit
@@ -44,10 +43,10 @@ def _source(at, size):
 
 @triton.jit
 def _upsample(x, other, y, sums_of_y, rows, height, width, C: tl.constexpr, HAS_OTHER: tl.constexpr,
-              ROWS: tl.constexpr):
+              ROWS: tl.constexpr, STAGES: tl.constexpr):
     c = tl.arange(0, C)[None, :]
-    total, squares = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    total, squares = tl.zeros((ROWS, C), tl.float32), tl.zeros((ROWS, C), tl.float32)
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         r = start + tl.arange(0, ROWS)
         at, inside = r[:, None] * C + c, r[:, None] < rows
         column, row, image = r % (2 * width), r // (2 * width) % (2 * height), r // (4 * width * height)
@@ -65,10 +64,9 @@ def _upsample(x, other, y, sums_of_y, rows, height, width, C: tl.constexpr, HAS_
         rounded = values.to(y.dtype.element_ty)
         tl.store(y + at, rounded, mask=inside)
         counted = tl.where(inside, rounded.to(tl.float32), 0.0)
-        total += tl.sum(counted, 0)
-        squares += tl.sum(counted * counted, 0)
-    tl.atomic_add(sums_of_y + tl.arange(0, C), total)
-    tl.atomic_add(sums_of_y + C + tl.arange(0, C), squares)
+        total += counted
+        squares += counted * counted
+    add_sums(sums_of_y, tl.arange(0, C), C, total, squares)
 
 
 @triton.jit
@@ -81,9 +79,9 @@ def _weight_of(step: tl.constexpr, at, size):
 
 
 @triton.jit
-def _upsample_backward(dy, dx, rows, height, width, C: tl.constexpr, ROWS: tl.constexpr):
+def _upsample_backward(dy, dx, rows, height, width, C: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     c = tl.arange(0, C)[None, :]
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         r = start + tl.arange(0, ROWS)
         inside = r[:, None] < rows
         column, row, image = r % width, r // width % height, r // (width * height)
@@ -104,7 +102,7 @@ def gate(trunk: torch.Tensor, logits: torch.Tensor, zeros: Zeros) -> tuple[torch
     y, channels = torch.empty_like(trunk), trunk.shape[1]
     sums = zeros.take(trunk, 2, channels)
     grid, at_once, options = launch_shape(trunk, channels)
-    _gate[grid](trunk, logits, y, sums, rows_of(trunk), channels, at_once, **options)
+    _gate[grid](trunk, logits, y, sums, rows_of(trunk), channels, *at_once, **options)
     return y, sums
 
 
@@ -123,9 +121,9 @@ def upsample(
     y = torch.empty(
         (images, channels, 2 * height, 2 * width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     sums = zeros.take(x, 2, channels)
-    grid, at_once, options = launch_shape(y, channels)
+    grid, at_once, options = launch_shape(y, channels, stages=1)
     _upsample[grid](
-        x, y if other is None else other, y, sums, rows_of(y), height, width, channels, other is not None, at_once,
+        x, y if other is None else other, y, sums, rows_of(y), height, width, channels, other is not None, *at_once,
         **options)
     return y, sums
 
@@ -136,6 +134,6 @@ def upsample_backward(dy: torch.Tensor) -> torch.Tensor:
     dx = torch.empty(
         (images, channels, height // 2, width // 2), dtype=dy.dtype, device=dy.device,
         memory_format=torch.channels_last)
-    grid, at_once, options = launch_shape(dx, channels)
-    _upsample_backward[grid](dy, dx, rows_of(dx), height // 2, width // 2, channels, at_once, **options)
+    grid, at_once, options = launch_shape(dx, channels, stages=1)  # they fill the memory for loads by themselves
+    _upsample_backward[grid](dy, dx, rows_of(dx), height // 2, width // 2, channels, *at_once, **options)
     return dx

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from errors import RunError
 from gpu_kernels import (
     LARGEST_MATRIX,
     Norm,
@@ -34,6 +35,9 @@ def use_gpu_kernels(model: nn.Module, full: dict[nn.Parameter, nn.Parameter] | N
 
     Returns:
         What is to be cleared before each step.
+
+    Raises:
+        RunError: They take nothing of this network.
     """
     zeros = Zeros()
     for module in list(model.modules()):
@@ -55,6 +59,8 @@ def use_gpu_kernels(model: nn.Module, full: dict[nn.Parameter, nn.Parameter] | N
             module.__class__ = FusedUpStep
         if isinstance(module, _Fused):
             module.zeros = zeros
+    if not any(isinstance(module, _Fused) for module in model.modules()):
+        raise RunError("--gpu-kernels: this network has no residual unit, mask head or mask that they take")
     return zeros
 
 
@@ -103,8 +109,8 @@ class _Fused(nn.Module):
     zeros: Zeros
 
     def takes(self, x: torch.Tensor, *others: torch.Tensor) -> bool:
-        """Whether the kernels, which count in 32 bits, take these maps of one type."""
-        return (self.training and _is_power_of_two(x.shape[1]) and x.numel() < 2 ** 31
+        """Whether the kernels take these maps: of one type, more than one position, and counted in 32 bits."""
+        return (self.training and _is_power_of_two(x.shape[1]) and x.shape[1] < x.numel() < 2 ** 31
                 and all(other.dtype is x.dtype for other in others))
 
 
@@ -121,8 +127,6 @@ def _with_sums(x: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
 
 class FusedUnit(_Fused, ResidualUnit):
     """A residual unit with an identity shortcut: thirteen kernels, forward and backward, instead of some thirty."""
-
-    fused = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.takes(x, self.conv1.weight):
@@ -165,8 +169,8 @@ class _Unit(torch.autograd.Function):
 
 class _NormReluConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, norm, conv, x, sums, weight, bias, full):
-        y, sums_of_y = norm_relu_conv(x, sums, norm, conv)
+    def forward(ctx, norm, conv, with_sums, x, sums, weight, bias, full):
+        y, sums_of_y = norm_relu_conv(x, sums, norm, conv, with_sums=with_sums)
         ctx.save_for_backward(x, sums, conv)
         ctx.norm = norm
         ctx.mark_non_differentiable(sums_of_y)
@@ -178,13 +182,11 @@ class _NormReluConv(torch.autograd.Function):
     def backward(ctx, dy, _):
         x, sums, conv = ctx.saved_tensors
         dx, dnorm, dconv = backward_of_norm_relu(x, sums, ctx.norm, as_map(dy), conv)
-        return None, None, dx, None, dnorm[1], dnorm[0], dconv
+        return None, None, None, dx, None, dnorm[1], dnorm[0], dconv
 
 
 class FusedHead(_Fused, MaskHead):
     """The head of a mask branch."""
-
-    fused = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.logits(x))
@@ -197,7 +199,8 @@ class FusedHead(_Fused, MaskHead):
         sums = sums_of(x, self.zeros)
         for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
             x, sums = _NormReluConv.apply(
-                Norm(norm, self.zeros), conv.weight.detach(), x, sums, norm.weight, norm.bias, conv.full[0])
+                Norm(norm, self.zeros), conv.weight.detach(), conv is self.conv1, x, sums, norm.weight, norm.bias,
+                conv.full[0])
         return x
 
 
@@ -216,6 +219,9 @@ class _Gate(torch.autograd.Function):
         return None, *gate_backward(*ctx.saved_tensors, as_map(dy))
 
 
+_NOTHING = nn.Identity()  # one for all: a new one each time might be compiled each time
+
+
 class FusedAttentionModule(_Fused, AttentionModule):
     """An Attention Module whose mask ends in a plain sigmoid: that and the product are one kernel."""
 
@@ -229,7 +235,7 @@ class FusedAttentionModule(_Fused, AttentionModule):
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         # The mask branch with its last module's activation left out.
         head = self.mask.head
-        act, head.act = head.act, nn.Identity()
+        act, head.act = head.act, _NOTHING
         try:
             return self.mask(x)
         finally:

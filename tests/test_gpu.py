@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
 from distributed import World
+from errors import RunError
 from gpu import HalfWeights, MovingAverage, compile_model, price_of_determinism, unchanged, why_no_gpu_kernels
 from recipes import Recipe
 from trainer import Trainer
@@ -25,9 +26,9 @@ from ran_layers import AttentionModule
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
-def small_net(device: str = "cpu", **kwargs: Any) -> Any:
+def small_net(device: str = "cpu", channels: tuple[int, ...] = (16, 16, 32, 32), **kwargs: Any) -> Any:
     torch.manual_seed(0)
-    model = timm.create_model("ran_att56_cifar", num_classes=4, channels=(16, 16, 32, 32), stem_chs=8, **kwargs)
+    model = timm.create_model("ran_att56_cifar", num_classes=4, channels=channels, stem_chs=8, **kwargs)
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -41,14 +42,15 @@ def images(device: str, rows: int = 8, side: int = 16) -> torch.Tensor:
 
 
 def trainer(
-        device: str, compile_mode: str = "off", precision: str = "fp32", gpu_kernels: bool = False, **recipe: Any,
+        device: str, compile_mode: str = "off", precision: str = "fp32", gpu_kernels: bool = False,
+        channels: tuple[int, ...] = (16, 16, 32, 32), **recipe: Any,
 ) -> Trainer:
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randint(256, (64, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device)
     labels = torch.randint(4, (64,), generator=generator).to(device)
     return Trainer(
-        small_net(device), Recipe(epochs=4, batch_size=16, **recipe), pixels, labels, autocast(device, precision), 0,
-        World(), False, compile_mode, False, gpu_kernels)
+        small_net(device, channels), Recipe(epochs=4, batch_size=16, **recipe), pixels, labels,
+        autocast(device, precision), 0, World(), False, compile_mode, False, gpu_kernels)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -185,19 +187,41 @@ def test_compiled_steps_are_those_of_eager_ones(mode):
 @pytest.mark.cuda
 @pytest.mark.parametrize("mode", ["off", "units"])
 def test_kernels_train_as_torch_does(mode):
-    recipe = dict(optimizer="muon", lr=0.02, ema_decay=0.9)
+    recipe = dict(optimizer="muon", lr=0.02, ema_decay=0.9, resolutions=(0.0, 24, 0.5, 32))
     losses, averages = [], []
     for gpu_kernels in (False, True):
-        training = trainer("cuda", mode, "bf16", gpu_kernels, **recipe)
+        training = trainer("cuda", mode, "bf16", gpu_kernels, channels=(64, 64, 128, 128), **recipe)
+        fused = [module for module in training.half.net.modules() if type(module).__name__ == "FusedUnit"]
+        assert (len(fused) > 20) is gpu_kernels
         training.compile()
         training.model.train()
-        for _ in range(4):
+        for step in range(16):
+            if step % training.steps_per_epoch == 0:
+                training.start_epoch(step // training.steps_per_epoch)
             training.train_step()
         losses.append((training.sums[0] / 4).item())
         averages.append(torch.cat([value.flatten() for name, value in training.averaged.state_dict().items()
                                    if "running" in name]))
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     torch.testing.assert_close(*averages, rtol=0.05, atol=0.05)
+
+
+def test_units_with_kernels_are_not_compiled():
+    pytest.importorskip("triton", reason="comes with PyTorch's builds for GPUs")
+    from gpu_modules import use_gpu_kernels
+
+    model = timm.create_model("ran_att56_cifar")
+    use_gpu_kernels(model)
+    assert compile_model(model, "units") is model
+    compiled = {type(module).__name__ for module in model.modules() if module._compiled_call_impl is not None}
+    assert compiled == {"ResidualUnit", "MaskHead"}  # those that change the map, or are too wide
+    assert {"FusedUnit", "FusedHead"} <= {type(module).__name__ for module in model.modules()}
+    few = torch.nn.Sequential(AttentionModule(64), torch.nn.Conv2d(64, 1024, 3))
+    use_gpu_kernels(few)
+    with pytest.raises(RunError, match="--gpu-kernels: this network would be compiled as a whole"):
+        compile_model(few, "units")
+    with pytest.raises(RunError, match="--gpu-kernels: this network has no residual unit"):
+        use_gpu_kernels(timm.create_model("plain_cnn8_cifar"))
 
 
 def test_what_keeps_the_kernels_for_a_gpu_away(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,6 @@
 """The Triton kernels against torch's own operations: interpreted on a CPU, compiled on a GPU."""
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -90,6 +92,23 @@ def test_norm_relu_conv_and_its_gradients(ins, outs, with_other):
     close(dmatrix, grads[3])
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize(("ins", "outs"), [(64, 16), (16, 64), (128, 128), (256, 64), (64, 256)])
+def test_norm_relu_conv_in_bfloat16(ins, outs):
+    x, norm, dy = a_map(ins, 0, (8, 15, 17)), a_norm(ins), a_map(outs, 1, (8, 15, 17))
+    weight = (torch.randn(outs, ins, 1, 1, generator=torch.Generator().manual_seed(2)) / ins ** 0.5).to(DEVICE)
+    x, dy, weight = (tensor.bfloat16() for tensor in (x, dy, weight))
+    exact = [tensor.double().requires_grad_() for tensor in (x, weight)]
+    reference = a_norm(ins).double()
+    expected = F.conv2d(reference(exact[0]).relu(), exact[1])
+    sums = sums_of(x.float())
+    y, sums_of_y = kernels.norm_relu_conv(x, sums, kernels.Norm(norm, ZEROS), weight)
+    dx, dsums, dmatrix = kernels.backward_of_norm_relu(x, sums, kernels.Norm(norm, ZEROS), dy, weight)
+    grads = torch.autograd.grad(expected, (*exact, reference.weight, reference.bias), dy.double())
+    for own, true in zip((y, sums_of_y, dx, dmatrix, dsums[1], dsums[0]), (expected, sums_of(expected), *grads)):
+        assert (own.double() - true).norm() < 2e-2 * true.norm()
+
+
 def test_gate_and_its_gradients():
     trunk, logits = a_map(32, 0).requires_grad_(), a_map(32, 1, scale=2.0).requires_grad_()
     expected = (1 + logits.sigmoid()) * trunk
@@ -115,6 +134,15 @@ def test_upsampling_and_its_gradient(shape, with_other):
     y, sums = mask_kernels.upsample(x.detach(), ZEROS, other)
     close(y, expected)
     close(sums, sums_of(expected))
+
+
+def test_they_compile_for_an_h100_and_fit_its_shared_memory(tmp_path):
+    script = Path(__file__).with_name("compile_gpu_kernels.py")
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, script], env=env, check=True, capture_output=True, text=True)
+    sizes = {line.rpartition(" ")[0]: int(line.rpartition(" ")[2]) for line in result.stdout.splitlines()}
+    assert len(sizes) == 25
+    assert max(sizes.values()) <= 227 * 1024, sizes
 
 
 def test_zeros_come_from_one_buffer_once_it_is_large_enough():
