@@ -16,7 +16,7 @@ from distributed import World
 from environment import synchronize
 from errors import RunError, first_line
 from evaluate import count_macs
-from gpu import Replayed
+from gpu import HalfWeights, Replayed, compile_model
 from precision import pick_precision
 from recipes import Recipe, make_optimizer
 from timm import create_model
@@ -149,8 +149,12 @@ class Harness(Case):
         self.batch = self.trainer.empty_batches()[-1][0].normal_()
         self.replayed, self.net = None, model
         if device.type == "cuda":
-            if self.trainer.half:
-                self.net = self.trainer.half.net  # whose weights need no casting
+            half = self.trainer.half
+            if half and self.gpu_kernels:  # which are for training
+                half = HalfWeights(model)
+                compile_model(half.net, compile_mode)
+            if half:
+                self.net = half.net  # whose weights need no casting
             self.net.eval()
             self.replayed = Replayed(self._forward)
             self.replayed.warm_up(self.batch)
