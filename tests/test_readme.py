@@ -13,26 +13,30 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPARISONS = {
     "Attention-92 is better than Attention-56 by 0.95 ± 0.79 under our recipe":
         "-0.95 ± 0.79 | Attention-56, CIFAR-10, recipe `best`",
-    "under the report's it is too close to call, by 0.56 ± 1.55.":
-        "-0.56 ± 1.55, too close to call | Attention-56, CIFAR-10, recipe `report` |",
-    "is better than naive attention learning by 2.04 ± 1.55 under the report's recipe":
-        "+2.04 ± 1.55 | Attention-56 (report), residual, recipe `report` |",
+    "under the report's it is too close to call, by 0.56 ± 1.43.":
+        "-0.56 ± 1.43, too close to call | Attention-56, CIFAR-10, recipe `report` |",
+    "is better than naive attention learning by 2.04 ± 1.43 under the report's recipe":
+        "+2.04 ± 1.43 | Attention-56 (report), residual, recipe `report` |",
     "under ours it is too close to call, by 0.46 ± 0.79.":
         "+0.46 ± 0.79, too close to call | Attention-56 (report), residual, recipe `best` |",
-    "Too close to call: the local mask is better than the soft mask by 0.52 ± 0.79":
+    "Too close to call: the local mask is better than the soft mask by 0.52 ± 0.79 under our recipe":
         "-0.52 ± 0.79, too close to call | Attention-56 (report), soft, recipe `best` |",
-    "and Attention-56 better than its trunk with residual units added by 0.40 ± 0.79 at equal MACs":
+    "and worse by 0.36 ± 1.43 under the report's":
+        "+0.36 ± 1.43, too close to call | Attention-56 (report), soft, recipe `report` |",
+    "Attention-92 is better than its trunk at equal parameters by 3.58 ± 6.78":
+        "+3.58 ± 6.78, too close to call | 50% noise, Attention-92 (report) |",
+    "Attention-56 is better than its trunk with residual units added by 0.40 ± 0.79 at equal MACs":
         "+0.40 ± 0.79, too close to call | Attention-56 |",
-    "and by 0.10 ± 0.79 at equal parameters.": "+0.10 ± 0.79, too close to call | Attention-56 |",
+    "and by 0.10 ± 0.79 at equal parameters;": "+0.10 ± 0.79, too close to call | Attention-56 |",
     "plain CNN of 8 layers is better than Attention-56 by 5.21 ± 0.79,": "-5.21 ± 0.79 | Attention-56 |",
-    "under the report's recipe by 8.38 ± 2.19 (one seed)": "-8.38 ± 2.19 (1 seed) | Attention-56, recipe `report` |",
+    "under the report's recipe by 8.09 ± 1.43;": "-8.09 ± 1.43 | Attention-56, recipe `report` |",
     "with 17 times the MACs of Attention-56, is better by 7.45 ± 1.12 (one seed)":
         "-7.45 ± 1.12 (1 seed) | Attention-56 |",
-    "better than Adam: by 1.83 ± 1.55 with batches of 32,": "+1.83 ± 1.55 | Nesterov SGD, batch 32 |",
-    "by 3.57 ± 1.55 with 64": "+3.57 ± 1.55 | Nesterov SGD, batch 64 |",
-    "by 4.74 ± 1.55 with 256": "+4.74 ± 1.55 | Nesterov SGD, batch 256 |",
-    "between 32 and 64 it is too close to call": "-1.22 ± 1.55, too close to call | Nesterov SGD, batch 64 |",
-    "batches of 64 are better than of 256 by 6.11 ± 1.55": "+6.11 ± 1.55 | Nesterov SGD, batch 64 |",
+    "better than Adam: by 1.83 ± 1.43 with batches of 32,": "+1.83 ± 1.43 | Nesterov SGD, batch 32 |",
+    "by 3.57 ± 1.43 with 64": "+3.57 ± 1.43 | Nesterov SGD, batch 64 |",
+    "by 4.74 ± 1.43 with 256": "+4.74 ± 1.43 | Nesterov SGD, batch 256 |",
+    "between 32 and 64 it is too close to call": "-1.22 ± 1.43, too close to call | Nesterov SGD, batch 64 |",
+    "batches of 64 are better than of 256 by 6.11 ± 1.43": "+6.11 ± 1.43 | Nesterov SGD, batch 64 |",
     "the 92 is better by 0.46 points on CIFAR-10": "-0.46, spread unknown | Attention-56, CIFAR-10 |",
     "and by 2.25 on CIFAR-100": "-2.25, spread unknown | Attention-56, CIFAR-100 |",
     "trained anew for 160 epochs after 7.13 % at 110": "| 7.13 (1 seed) |  |  | 1.88 | 31.8 | 110 |",
