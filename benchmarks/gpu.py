@@ -79,7 +79,7 @@ def _units(model: nn.Module) -> list[nn.Module]:
 
 def _has_kernels(module: nn.Module) -> bool:
     """Whether the module calls the kernels of `gpu_kernels.py`, which Triton compiles by itself."""
-    return hasattr(module, "zeros")
+    return hasattr(module, "kernel_zeros")
 
 
 def _is_unit(module: nn.Module) -> bool:

@@ -58,7 +58,7 @@ def use_gpu_kernels(model: nn.Module, full: dict[nn.Parameter, nn.Parameter] | N
         elif type(module) is _UpStep and only_runs(module):
             module.__class__ = FusedUpStep
         if isinstance(module, _Fused):
-            module.zeros = zeros
+            module.kernel_zeros = zeros
     if not any(isinstance(module, _Fused) for module in model.modules()):
         raise RunError("--gpu-kernels: this network has no residual unit, mask head or mask that they take")
     return zeros
@@ -106,7 +106,7 @@ def _has_plain_gate(module: AttentionModule) -> bool:
 class _Fused(nn.Module):
     """A module with kernels."""
 
-    zeros: Zeros
+    kernel_zeros: Zeros
 
     def takes(self, x: torch.Tensor, *others: torch.Tensor) -> bool:
         """Whether the kernels take these maps: of one type, more than one position, and counted in 32 bits."""
@@ -125,6 +125,13 @@ def _with_sums(x: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _map_and_sums(ctx: Any, y: torch.Tensor, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a function of autograd does: a map, and its sums, which have no gradient."""
+    ctx.mark_non_differentiable(sums)
+    ctx.set_materialize_grads(False)
+    return y, sums
+
+
 class FusedUnit(_Fused, ResidualUnit):
     """A residual unit with an identity shortcut: thirteen kernels, forward and backward, instead of some thirty."""
 
@@ -133,25 +140,24 @@ class FusedUnit(_Fused, ResidualUnit):
             return super().forward(x)
         x = as_map(x)
         return _with_sums(*_Unit.apply(
-            self, x, sums_of(x, self.zeros), self.norm1.weight, self.norm1.bias, self.conv1.full[0], self.norm2.weight,
-            self.norm2.bias, self.conv2.weight, self.norm3.weight, self.norm3.bias, self.conv3.full[0]))
+            self, x, sums_of(x, self.kernel_zeros), self.norm1.weight, self.norm1.bias, self.conv1.full[0],
+            self.norm2.weight, self.norm2.bias, self.conv2.weight, self.norm3.weight, self.norm3.bias,
+            self.conv3.full[0]))
 
 
 class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, unit, x, sums, weight1, bias1, full1, weight2, bias2, conv2, weight3, bias3, full3):
-        norm1, norm2, norm3 = norms = [Norm(norm, unit.zeros) for norm in (unit.norm1, unit.norm2, unit.norm3)]
+        norm1, norm2, norm3 = norms = [Norm(norm, unit.kernel_zeros) for norm in (unit.norm1, unit.norm2, unit.norm3)]
         conv1, conv3 = unit.conv1.weight.detach(), unit.conv3.weight.detach()
         y1, sums1 = norm_relu_conv(x, sums, norm1, conv1)
         inner = norm_relu(y1, sums1, norm2)
         y2 = as_map(F.conv2d(inner, conv2, padding=1))
-        sums2 = moments(y2, unit.zeros)
+        sums2 = moments(y2, unit.kernel_zeros)
         y, sums_of_y = norm_relu_conv(y2, sums2, norm3, conv3, other=x)
         ctx.save_for_backward(x, sums, conv1, y1, sums1, inner, conv2, y2, sums2, conv3)
         ctx.norms = norms
-        ctx.mark_non_differentiable(sums_of_y)
-        ctx.set_materialize_grads(False)
-        return y, sums_of_y
+        return _map_and_sums(ctx, y, sums_of_y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -173,9 +179,7 @@ class _NormReluConv(torch.autograd.Function):
         y, sums_of_y = norm_relu_conv(x, sums, norm, conv, with_sums=with_sums)
         ctx.save_for_backward(x, sums, conv)
         ctx.norm = norm
-        ctx.mark_non_differentiable(sums_of_y)
-        ctx.set_materialize_grads(False)
-        return y, sums_of_y
+        return _map_and_sums(ctx, y, sums_of_y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -196,11 +200,11 @@ class FusedHead(_Fused, MaskHead):
         if not self.takes(x, self.conv1.weight):
             return self.conv2(self.norm2(self.conv1(self.norm1(x))))
         x = as_map(x)
-        sums = sums_of(x, self.zeros)
+        sums = sums_of(x, self.kernel_zeros)
         for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
             x, sums = _NormReluConv.apply(
-                Norm(norm, self.zeros), conv.weight.detach(), conv is self.conv1, x, sums, norm.weight, norm.bias,
-                conv.full[0])
+                Norm(norm, self.kernel_zeros), conv.weight.detach(), conv is self.conv1, x, sums, norm.weight,
+                norm.bias, conv.full[0])
         return x
 
 
@@ -209,9 +213,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx, zeros, trunk, logits):
         ctx.save_for_backward(trunk, logits)
         y, sums = gate(trunk, logits, zeros)
-        ctx.mark_non_differentiable(sums)
-        ctx.set_materialize_grads(False)
-        return y, sums
+        return _map_and_sums(ctx, y, sums)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -230,7 +232,7 @@ class FusedAttentionModule(_Fused, AttentionModule):
         trunk, logits = check_trunk_shape(self.trunk(x), x), self._logits(x)
         if not self.takes(trunk, logits):
             return self.post(torch.addcmul(trunk, torch.sigmoid(logits), trunk))
-        return self.post(_with_sums(*_Gate.apply(self.zeros, as_map(trunk), as_map(logits))))
+        return self.post(_with_sums(*_Gate.apply(self.kernel_zeros, as_map(trunk), as_map(logits))))
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         # The mask branch with its last module's activation left out.
@@ -247,9 +249,7 @@ class _Upsample(torch.autograd.Function):
     def forward(ctx, zeros, x, other):
         y, sums = upsample(x, zeros, other)
         ctx.has_other = other is not None
-        ctx.mark_non_differentiable(sums)
-        ctx.set_materialize_grads(False)
-        return y, sums
+        return _map_and_sums(ctx, y, sums)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -261,7 +261,7 @@ def _upsample_to(
         module: _Fused, x: torch.Tensor, target: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
     others = [] if other is None else [other]
     if target.shape[2:] == (2 * x.shape[2], 2 * x.shape[3]) and module.takes(target, x, *others):
-        return _with_sums(*_Upsample.apply(module.zeros, as_map(x), None if other is None else as_map(other)))
+        return _with_sums(*_Upsample.apply(module.kernel_zeros, as_map(x), None if other is None else as_map(other)))
     x = upsample_to(x, target)
     return x if other is None else x + other
 

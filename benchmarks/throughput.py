@@ -90,7 +90,8 @@ def measure(
 
     for batch_size in args.batch_sizes:
         for name in dict.fromkeys((*args.models, *PRICE_OF_ATTENTION)):
-            prepare(Harness(name, batch_size, args.size, device, args.gpu_kernels))
+            # timm's networks have no units that our kernels take.
+            prepare(Harness(name, batch_size, args.size, device, args.gpu_kernels and name in args.models))
             if name in args.models:
                 prepare(Loaded(name, batch_size, args.size, device, loaders[batch_size]))
     precision = pick_precision(device)  # of the faster matrix product, whatever each case trains in
