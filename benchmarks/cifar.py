@@ -34,7 +34,7 @@ from distributed import World, join_world, leave_world
 from environment import command_line, hardware, keep_freed_memory, pick_device, synchronize, versions
 from errors import RunError, told_in_one_line
 from evaluate import evaluate, export_model, load_exported, load_pretrained
-from gpu import choose_kernels, price_of_determinism, why_no_gpu_kernels
+from gpu import check_gpu_kernels, choose_kernels, price_of_determinism
 from network import begin_with, build_model
 from options import check_eval_only, parse_args
 from precision import exact_float32, pick_precision
@@ -75,8 +75,8 @@ def train(
     settings = dict(
         model=args.model, model_kwargs=args.model_kwargs, dataset=args.dataset, recipe=recipe_name, **asdict(recipe),
         seed=args.seed, precision=args.precision, cpu_kernels=args.cpu_kernels, gpu_kernels=args.gpu_kernels,
-        holdout=args.holdout, limit=args.limit,
-        label_noise=args.label_noise, bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
+        holdout=args.holdout, limit=args.limit, label_noise=args.label_noise,
+        bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
     settings = json.loads(json.dumps(settings))
     # The settings of a resumed run are those of the command that began it, which need not be given again.
     args.command = command_line("cifar.py", args.argv, processes=world.size)
@@ -217,11 +217,7 @@ def suit_the_machine(
         if args.cpu_kernels is None:
             args.cpu_kernels = not world.any(int(obstacle is not None or not kernels_pay()))
     if args.gpu_kernels:
-        obstacle = why_no_gpu_kernels(device, args.compile, world.size, args.deterministic)
-        if args.precision == "fp32":
-            obstacle = obstacle or "they compute in bfloat16, not in --precision fp32"
-        if obstacle:
-            raise RunError(f"--gpu-kernels are not to be had here: {obstacle}")
+        check_gpu_kernels(device, args.compile, world.size, args.deterministic, args.precision)
     args.precision = args.precision or settings.get("precision")  # None: the network decides
 
 

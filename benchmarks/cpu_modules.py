@@ -5,12 +5,20 @@ import torch
 import torch.nn as nn
 from cpu_kernels import CHANNELS, batch_norm_act, fits, gate, norm_act_conv, norm_act_conv_and_shortcut
 from distributed import normalize_globally
+from plain_modules import (
+    LAYERS_OF_HEAD,
+    DeferrableSigmoid,
+    ends_in_gate,
+    has_plain_gate,
+    is_plain_conv,
+    logits_of,
+    only_run,
+)
 from timm.layers import BatchNormAct2d
 
-from ran_layers import AttentionModule, LocalMaskBranch, ResidualUnit, ResidualUnitDown, SoftMaskBranch
-from ran_layers.fuse import only_runs
+from ran_layers import AttentionModule, ResidualUnit, ResidualUnitDown
 from ran_layers.layers.attention_module import check_input, check_trunk_shape
-from ran_layers.layers.mask_branch import MaskActivation, MaskHead
+from ran_layers.layers.mask_branch import MaskHead
 
 
 def use_cpu_kernels(model: nn.Module, synced: bool = False) -> None:
@@ -24,27 +32,13 @@ def use_cpu_kernels(model: nn.Module, synced: bool = False) -> None:
         synced: Normalise over the batches of all processes.
     """
     for module in model.modules():
-        if type(module) is AttentionModule and _has_plain_gate(module):
+        if type(module) is AttentionModule and has_plain_gate(module):
             module.__class__ = _AttentionModule
-            module.mask.head.act.__class__ = _DeferrableSigmoid
+            module.mask.head.act.__class__ = DeferrableSigmoid
         elif type(module) in _FASTER:
             module.__class__ = _FASTER[type(module)]
         if isinstance(module, _Norm):
             module.synced = synced
-
-
-def _has_plain_gate(module: AttentionModule, act: type = MaskActivation) -> bool:
-    """Whether the mask ends in a plain sigmoid, of the class ``act``, and weights the trunk as ``1 + M``."""
-    mask = module.mask
-    return (
-        module.residual and type(mask) in (SoftMaskBranch, LocalMaskBranch) and type(mask.head) in (MaskHead, _MaskHead)
-        and type(mask.head.act) is act and mask.head.act.mask_act == "mixed")
-
-
-def _only_run(*modules: nn.Module) -> bool:
-    """Whether to call ``modules`` is to run the forward of their classes, and nobody waits for their gradients."""
-    return all(
-        only_runs(module) and not module._backward_hooks and not module._backward_pre_hooks for module in modules)
 
 
 def _norm_fits(norm: nn.BatchNorm2d, x: torch.Tensor) -> bool:
@@ -83,7 +77,7 @@ class _BatchNormAct2d(_Norm, BatchNormAct2d):
 
     def fits(self, x: torch.Tensor) -> bool:
         return (type(self.act) in (nn.ReLU, nn.Identity) and type(self.drop) is nn.Identity
-                and _only_run(self.act, self.drop) and _norm_fits(self, x))
+                and only_run(self.act, self.drop) and _norm_fits(self, x))
 
 
 def _norm_act_conv(
@@ -92,13 +86,13 @@ def _norm_act_conv(
     """Return ``conv(norm(x)) + other``, and ``x`` for what goes past all that."""
     if _norm_act_fits(norm, x) and _conv_fits(conv, x, other):
         return norm_act_conv(norm, x, conv.weight, conv.stride[0], other, norm.synced)
-    y, past = norm.with_input(x) if isinstance(norm, _BatchNormAct2d) and _only_run(norm) else (norm(x), x)
+    y, past = norm.with_input(x) if isinstance(norm, _BatchNormAct2d) and only_run(norm) else (norm(x), x)
     y = conv(y)
     return y if other is None else y + other, past
 
 
 def _norm_act_fits(norm: Any, x: torch.Tensor) -> bool:
-    return isinstance(norm, _BatchNormAct2d) and type(norm.act) is nn.ReLU and _only_run(norm) and norm.fits(x)
+    return isinstance(norm, _BatchNormAct2d) and type(norm.act) is nn.ReLU and only_run(norm) and norm.fits(x)
 
 
 def _conv_fits(conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None) -> bool:
@@ -112,17 +106,13 @@ def _conv_fits(conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None) -> 
 def _has_weight(conv: nn.Conv2d, x: torch.Tensor, size: int) -> bool:
     """Whether ``conv`` has such a weight as the kernels take, of ``size``, for a map like ``x``."""
     computed_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    return (x.dtype is computed_in and _is_plain(conv, size) and _only_run(conv)
+    return (x.dtype is computed_in and _is_plain(conv, size) and only_run(conv)
             and conv.weight.dtype is torch.float32 and conv.weight.shape[1] == x.shape[1])
 
 
 def _is_plain(conv: nn.Conv2d, size: int) -> bool:
-    """Whether ``conv`` is a convolution of ``size`` and nothing else."""
-    return (
-        type(conv) is nn.Conv2d and conv.in_channels % CHANNELS == conv.out_channels % CHANNELS == 0
-        and conv.bias is None and conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-        and conv.kernel_size == (size, size) and conv.padding == (size // 2, size // 2)
-        and conv.stride[0] == conv.stride[1])
+    """Whether ``conv`` is a convolution of ``size`` and nothing else, with channels that the kernels take."""
+    return is_plain_conv(conv, size) and conv.in_channels % CHANNELS == conv.out_channels % CHANNELS == 0
 
 
 def share_of_kernels(model: nn.Module) -> float:
@@ -151,18 +141,14 @@ class _ResidualUnit(ResidualUnit):
             preact = self.norm1(x)
             x, shortcut = self.conv1(preact), self.downsample(preact)
         x, _ = _norm_act_conv(self.norm2, self.conv2, x)
-        if type(self.drop_path) is nn.Identity and _only_run(self.drop_path):
+        if type(self.drop_path) is nn.Identity and only_run(self.drop_path):
             return _norm_act_conv(self.norm3, self.conv3, x, shortcut)[0]
         return self.drop_path(_norm_act_conv(self.norm3, self.conv3, x)[0]) + shortcut
 
 
-# Without the first in AttentionNeXt, and more where an Attention Module was inserted.
-_LAYERS_OF_HEAD = ("norm1", "conv1", "norm2", "conv2", "act")
-
-
 class _MaskHead(MaskHead):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or tuple(self._modules) != _LAYERS_OF_HEAD:
+        if not self.training or tuple(self._modules) != LAYERS_OF_HEAD:
             return super().forward(x)
         x, _ = _norm_act_conv(self.norm1, self.conv1, x)
         x, _ = _norm_act_conv(self.norm2, self.conv2, x)
@@ -171,39 +157,16 @@ class _MaskHead(MaskHead):
 
 class _AttentionModule(AttentionModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or not self._ends_in_sigmoid():
+        plain = has_plain_gate(self, DeferrableSigmoid, (MaskHead, _MaskHead))
+        if not (self.training and plain and ends_in_gate(self)):
             return super().forward(x)
         x = self.pre(check_input(x, self.channels, self.mask_depth))
-        trunk, logits = check_trunk_shape(self.trunk(x), x), self._logits(x)
+        trunk, logits = check_trunk_shape(self.trunk(x), x), logits_of(self.mask, x)
         if fits(trunk, logits):
             x = gate(trunk, logits)
         else:
             x = torch.addcmul(trunk, torch.sigmoid(logits), trunk)
         return self.post(x)
-
-    def _ends_in_sigmoid(self) -> bool:
-        """Whether nothing is behind the sigmoid of the mask, or looks at it: that shall see the mask."""
-        return (
-            _has_plain_gate(self, _DeferrableSigmoid) and _only_run(self.mask, self.mask.head, self.mask.head.act)
-            and list(self.mask.head._modules)[-1] == "act" and list(self.mask._modules)[-1] == "head")
-
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the mask is the sigmoid of; whoever calls the mask branch otherwise gets the mask."""
-        act = self.mask.head.act
-        act.deferred = True
-        try:
-            return self.mask(x)
-        finally:
-            act.deferred = False
-
-
-class _DeferrableSigmoid(MaskActivation):
-    """The end of a mask branch, left to its Attention Module where ``deferred``."""
-
-    deferred = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.deferred else super().forward(x)
 
 
 _FASTER: dict[type, type] = {

@@ -32,7 +32,8 @@ WARM_UP_RUNS = 3  # a compiled function settles, cuDNN chooses its algorithms, t
 
 
 def why_no_gpu_kernels(
-        device: torch.device, compile_mode: str, processes: int = 1, deterministic: bool = False) -> str | None:
+        device: torch.device, compile_mode: str, processes: int = 1, deterministic: bool = False,
+        precision: str | None = None) -> str | None:
     """Return what keeps networks from training with the kernels of `gpu_kernels.py`, None if nothing does."""
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return "they are for NVIDIA GPUs that compute in bfloat16"
@@ -42,7 +43,15 @@ def why_no_gpu_kernels(
         return "they are for one process"
     if deterministic:
         return "they add in no fixed order, which --deterministic rules out"
+    if precision == "fp32":
+        return "they compute in bfloat16, not in --precision fp32"
     return "--compile model leaves no units to them" if compile_mode == "model" else None
+
+
+def check_gpu_kernels(device: torch.device, *conditions: Any) -> None:
+    """Raise a :class:`RunError` where :func:`why_no_gpu_kernels`, which takes the same, says something."""
+    if obstacle := why_no_gpu_kernels(device, *conditions):
+        raise RunError(f"--gpu-kernels are not to be had here: {obstacle}")
 
 
 def compile_model(model: nn.Module, mode: str) -> Any:

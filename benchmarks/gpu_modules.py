@@ -16,12 +16,20 @@ from gpu_kernels import (
     norm_relu_conv,
 )
 from gpu_mask_kernels import gate, gate_backward, upsample, upsample_backward
+from plain_modules import (
+    LAYERS_OF_HEAD,
+    DeferrableSigmoid,
+    ends_in_gate,
+    has_plain_gate,
+    is_plain_conv,
+    logits_of,
+    only_run,
+)
 from timm.layers import BatchNormAct2d
 
-from ran_layers import AttentionModule, LocalMaskBranch, ResidualUnit, SoftMaskBranch
-from ran_layers.fuse import only_runs
+from ran_layers import AttentionModule, ResidualUnit, SoftMaskBranch
 from ran_layers.layers.attention_module import check_input, check_trunk_shape
-from ran_layers.layers.mask_branch import MaskActivation, MaskHead, _UpStep, check_map_size, upsample_to
+from ran_layers.layers.mask_branch import MaskHead, _UpStep, check_map_size, upsample_to
 
 
 def use_gpu_kernels(model: nn.Module, full: dict[nn.Parameter, nn.Parameter] | None = None) -> Zeros:
@@ -40,25 +48,24 @@ def use_gpu_kernels(model: nn.Module, full: dict[nn.Parameter, nn.Parameter] | N
         RunError: They take nothing of this network.
     """
     zeros = Zeros()
-    for module in list(model.modules()):
+    for module in model.modules():
         if type(module) is ResidualUnit and _is_plain_unit(module):
             module.__class__ = FusedUnit
         elif type(module) is MaskHead and _is_plain_head(module):
             module.__class__ = FusedHead
-        if isinstance(module, (FusedUnit, FusedHead)):
+        elif type(module) is AttentionModule and has_plain_gate(module) and ends_in_gate(module):
+            module.__class__ = FusedAttentionModule
+            module.mask.head.act.__class__ = DeferrableSigmoid
+        elif type(module) is SoftMaskBranch and only_run(module):
+            module.__class__ = FusedSoftMaskBranch
+        elif type(module) is _UpStep and only_run(module):
+            module.__class__ = FusedUpStep
+        if isinstance(module, _Fused):
+            module.kernel_zeros = zeros
             for conv in module.children():
                 if isinstance(conv, nn.Conv2d):
                     # In a list, since it is no parameter of the layer.
                     conv.full = [(full or {}).get(conv.weight, conv.weight)]
-    for module in list(model.modules()):
-        if type(module) is AttentionModule and _has_plain_gate(module):
-            module.__class__ = FusedAttentionModule
-        elif type(module) is SoftMaskBranch and only_runs(module):
-            module.__class__ = FusedSoftMaskBranch
-        elif type(module) is _UpStep and only_runs(module):
-            module.__class__ = FusedUpStep
-        if isinstance(module, _Fused):
-            module.kernel_zeros = zeros
     if not any(isinstance(module, _Fused) for module in model.modules()):
         raise RunError("--gpu-kernels: this network has no residual unit, mask head or mask that they take")
     return zeros
@@ -68,7 +75,7 @@ def _is_plain_norm(norm: Any) -> bool:
     return (type(norm) is BatchNormAct2d and type(norm.act) is nn.ReLU and type(norm.drop) is nn.Identity
             and norm.track_running_stats and norm.momentum is not None and norm.affine
             and norm.weight.dtype is torch.float32 and _is_power_of_two(norm.num_features)
-            and all(only_runs(module) for module in norm.modules()))
+            and only_run(*norm.modules()))
 
 
 def _is_power_of_two(channels: int) -> bool:
@@ -76,31 +83,21 @@ def _is_power_of_two(channels: int) -> bool:
 
 
 def _is_plain_conv(conv: Any, size: int) -> bool:
-    return (type(conv) is nn.Conv2d and conv.kernel_size == (size, size) and conv.stride == (1, 1)
-            and conv.padding == (size // 2, size // 2) and conv.dilation == (1, 1) and conv.groups == 1
-            and conv.bias is None and conv.padding_mode == "zeros" and only_runs(conv)
+    return (is_plain_conv(conv, size) and conv.stride == (1, 1) and only_run(conv)
             and (size > 1 or conv.weight.numel() <= LARGEST_MATRIX))
 
 
 def _is_plain_unit(unit: ResidualUnit) -> bool:
-    return (unit.downsample is None and type(unit.drop_path) is nn.Identity and only_runs(unit)
+    return (unit.downsample is None and type(unit.drop_path) is nn.Identity and only_run(unit)
             and all(_is_plain_norm(norm) for norm in (unit.norm1, unit.norm2, unit.norm3))
             and all(_is_plain_conv(conv, size) for conv, size in ((unit.conv1, 1), (unit.conv2, 3), (unit.conv3, 1)))
             and list(unit._modules) == ["norm1", "conv1", "norm2", "conv2", "norm3", "conv3", "drop_path"])
 
 
 def _is_plain_head(head: MaskHead) -> bool:
-    return (list(head._modules) == ["norm1", "conv1", "norm2", "conv2", "act"] and only_runs(head)
+    return (tuple(head._modules) == LAYERS_OF_HEAD and only_run(head)
             and all(_is_plain_norm(norm) for norm in (head.norm1, head.norm2))
             and all(_is_plain_conv(conv, 1) for conv in (head.conv1, head.conv2)))
-
-
-def _has_plain_gate(module: AttentionModule) -> bool:
-    mask = module.mask
-    return (module.residual and type(mask) in (SoftMaskBranch, FusedSoftMaskBranch, LocalMaskBranch)
-            and list(mask._modules)[-1] == "head" and type(mask.head) in (MaskHead, FusedHead)
-            and list(mask.head._modules)[-1] == "act" and type(mask.head.act) is MaskActivation
-            and mask.head.act.mask_act == "mixed" and all(only_runs(part) for part in (mask, mask.head, mask.head.act)))
 
 
 class _Fused(nn.Module):
@@ -193,19 +190,15 @@ class FusedHead(_Fused, MaskHead):
     """The head of a mask branch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.logits(x))
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what goes into the activation."""
         if not self.takes(x, self.conv1.weight):
-            return self.conv2(self.norm2(self.conv1(self.norm1(x))))
+            return super().forward(x)
         x = as_map(x)
         sums = sums_of(x, self.kernel_zeros)
         for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
             x, sums = _NormReluConv.apply(
                 Norm(norm, self.kernel_zeros), conv.weight.detach(), conv is self.conv1, x, sums, norm.weight,
                 norm.bias, conv.full[0])
-        return x
+        return self.act(x)
 
 
 class _Gate(torch.autograd.Function):
@@ -221,27 +214,15 @@ class _Gate(torch.autograd.Function):
         return None, *gate_backward(*ctx.saved_tensors, as_map(dy))
 
 
-_NOTHING = nn.Identity()  # one for all: a new one each time might be compiled each time
-
-
 class FusedAttentionModule(_Fused, AttentionModule):
     """An Attention Module whose mask ends in a plain sigmoid: that and the product are one kernel."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pre(check_input(x, self.channels, self.mask_depth))
-        trunk, logits = check_trunk_shape(self.trunk(x), x), self._logits(x)
+        trunk, logits = check_trunk_shape(self.trunk(x), x), logits_of(self.mask, x)
         if not self.takes(trunk, logits):
             return self.post(torch.addcmul(trunk, torch.sigmoid(logits), trunk))
         return self.post(_with_sums(*_Gate.apply(self.kernel_zeros, as_map(trunk), as_map(logits))))
-
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        # The mask branch with its last module's activation left out.
-        head = self.mask.head
-        act, head.act = head.act, _NOTHING
-        try:
-            return self.mask(x)
-        finally:
-            head.act = act
 
 
 class _Upsample(torch.autograd.Function):

@@ -30,8 +30,8 @@ from arguments import Parser, check_models, positive, positive_number
 from checkpoint import write_atomic, write_json
 from display import duration
 from environment import command_line, hardware, keep_freed_memory, machine, pick_device, synchronize, versions
-from errors import RunError, told_in_one_line
-from gpu import choose_kernels, why_no_gpu_kernels
+from errors import told_in_one_line
+from gpu import check_gpu_kernels, choose_kernels
 from precision import pick_precision
 from throughput_cases import Case, Harness, Loaded, load
 
@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         time.sleep(0.5)  # they fill their queues
         keep_freed_memory()
         device = pick_device(args.device)
-        if args.gpu_kernels and (obstacle := why_no_gpu_kernels(device, "units")):
-            raise RunError(f"--gpu-kernels are not to be had here: {obstacle}")
+        if args.gpu_kernels:
+            check_gpu_kernels(device, "units")
         command = command_line("throughput.py", sys.argv[1:] if argv is None else argv)
         result = dict(command=command, **measure(args, device, loaders))
         print_table(result)

@@ -8,16 +8,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from packaging.version import Version
+from triton_device import DEVICE
 
-triton = pytest.importorskip("triton", reason="comes with PyTorch's builds for GPUs")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and Version(triton.__version__) < Version("3.9"):
-    pytest.skip("older versions of Triton do not interpret with newer ones of NumPy", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import gpu_kernels as kernels  # noqa: E402
-import gpu_mask_kernels as mask_kernels  # noqa: E402
+import gpu_kernels as kernels
+import gpu_mask_kernels as mask_kernels
 
 ZEROS = kernels.Zeros()
 

@@ -7,17 +7,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from packaging.version import Version
+from triton_device import DEVICE
 
-triton = pytest.importorskip("triton", reason="comes with PyTorch's builds for GPUs")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and Version(triton.__version__) < Version("3.9"):
-    pytest.skip("older versions of Triton do not interpret with newer ones of NumPy", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from gpu_modules import FusedAttentionModule, FusedHead, FusedUnit, use_gpu_kernels  # noqa: E402
+from gpu_modules import FusedAttentionModule, FusedHead, FusedUnit, use_gpu_kernels
 
-import ran_layers  # noqa: E402
+import ran_layers
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +72,7 @@ def test_attention_module(kwargs):
 
 
 def test_gradients_go_to_the_weights_that_were_cast():
-    model, fused = pair(ran_layers.AttentionModule(64))
+    model, _ = pair(ran_layers.AttentionModule(64))
     fused = copy.deepcopy(model)
     convs = {module.weight: torch.nn.Parameter(module.weight.detach().clone()) for module in fused.modules()
              if isinstance(module, torch.nn.Conv2d)}
