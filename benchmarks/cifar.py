@@ -9,8 +9,7 @@
     python benchmarks/cifar.py --eval-only --out DIR       # the accuracy of a finished run
     python benchmarks/cifar.py --eval-only --model NAME    # ... of the weights that timm has under a name
 """
-import ctrl_c  # noqa: F401  (first of all)
-import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
+from harness import ctrl_c, openmp  # noqa: F401  (before torch: Ctrl-C ends at once; what OpenMP reads is set)
 
 # isort: split
 import argparse
@@ -20,30 +19,32 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import check_models
-from checkpoint import FILE_NAME, CheckpointWriter, claim, load_checkpoint, load_weights
-from cpu_kernels import kernels_pay, why_no_kernels
-from data import Dataset, corrupt_labels, load_dataset
-from display import Display, count, duration, show_plan
-from distributed import World, join_world, leave_world
-from environment import command_line, hardware, keep_freed_memory, pick_device, synchronize, versions
-from errors import RunError, told_in_one_line
-from evaluate import evaluate, export_model, load_exported, load_pretrained
-from gpu import check_gpu_kernels, choose_kernels, price_of_determinism
-from network import begin_with, build_model
-from options import check_eval_only, parse_args
-from precision import exact_float32, pick_precision
-from recipes import Recipe, make_recipe
-from result import earlier_runs, print_final, selection, write_result
-from resume import check_data, check_folder, command_to_resume, saved_arguments
-from trainer import Trainer
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
+from harness.arguments import check_models
+from harness.checkpoint import FILE_NAME, CheckpointWriter, claim, load_checkpoint, load_weights
+from harness.data import Dataset, corrupt_labels, load_dataset
+from harness.display import Display, count, duration, show_plan
+from harness.distributed import World, join_world, leave_world
+from harness.environment import command_line, hardware, keep_freed_memory, pick_device, synchronize, versions
+from harness.errors import RunError, one_line_errors
+from harness.evaluate import evaluate
+from harness.export import export_model, load_exported, load_pretrained
+from harness.gpu import check_gpu_kernels, choose_kernels, price_of_determinism
+from harness.kernels.cpu_kernels import kernels_pay, why_no_kernels
+from harness.network import build_model, load_initial_weights
+from harness.options import check_eval_only, parse_args
+from harness.precision import exact_float32, pick_precision
+from harness.recipes import Recipe, make_recipe
+from harness.result import earlier_runs, print_final, selection, write_result
+from harness.resume import check_data, check_folder, command_to_resume, saved_arguments
+from harness.trainer import Trainer
 
 Split = tuple[torch.Tensor, torch.Tensor]  # images and labels
 
@@ -69,7 +70,7 @@ def train(
     choose_kernels(args.deterministic)
     if recipe.batch_size % world.size:
         raise RunError(f"--batch-size {recipe.batch_size} must be a multiple of the {world.size} processes")
-    suit_the_machine(args, world, device, resumed[1] if resumed else {})
+    resolve_defaults(args, world, device, resumed[1] if resumed else {})
     sync_bn = world.size > 1 and args.sync_bn
     # Everything that decides the result; a checkpoint made under other settings is refused.
     settings = dict(
@@ -102,10 +103,10 @@ def train(
     torch.manual_seed(args.seed)
     model, macs = build_model(args, recipe, data)
     if initial is not None:
-        begin_with(model, initial, args.initial_checkpoint)
+        load_initial_weights(model, initial, args.initial_checkpoint)
     if args.precision is None:
         slow = pick_precision(device, model, args.cpu_kernels) == "fp32"
-        args.precision = settings["precision"] = "fp32" if world.any(int(slow)) else "bf16"
+        args.precision = settings["precision"] = "fp32" if world.max_flag(int(slow)) else "bf16"
     if world.main:
         until_done.enter_context(claim(out))
         if not resumed:
@@ -117,23 +118,12 @@ def train(
         torch.manual_seed(args.seed + world.rank)  # dropout and stochastic depth differ between the slices
     # The whole data set lives on the training device.
     trainer = Trainer(
-        model, recipe, images.to(device), labels.to(device), autocast, args.seed, world, sync_bn, args.compile,
-        args.cpu_kernels, args.gpu_kernels)
+        model, recipe, images.to(device), labels.to(device), autocast=autocast, seed=args.seed, world=world,
+        sync_bn=sync_bn, compile_mode=args.compile, cpu_kernels=args.cpu_kernels, gpu_kernels=args.gpu_kernels)
     if resumed:
         trainer.restore(*resumed)
     if world.main:
-        show_plan({
-            "model": f"{args.model}, {params / 1e6:.2f} M parameters, {macs / 1e6:.1f} MMACs an image",
-            "data set": f"{args.dataset}, {len(images)} training and {len(data.test_images)} test images"
-                        + (f", {args.holdout} held out" if args.holdout else ""),
-            "device": f"{hardware(device)['name']} ({device}), {args.precision}"
-                      + (", fused kernels" if args.cpu_kernels or args.gpu_kernels else "")
-                      + (f", {world.size} processes" if world.size > 1 else ""),
-            "recipe": f"{recipe_name}, {count(recipe.epochs, 'epoch')} of {count(trainer.steps_per_epoch, 'step')} of "
-                      f"{recipe.batch_size} images, {recipe.optimizer}, lr {recipe.lr:g}",
-            **row_of_weights(args, resumed is not None),
-            "out": f"{out}" + (f", resumed at step {trainer.step} of {trainer.total_steps}" if resumed else ""),
-        })
+        show_plan(plan(args, trainer, out, params, macs, len(data.test_images), resumed is not None))
     compile_seconds = trainer.compile()
     if world.main and compile_seconds:
         print(f"prepared the steps in {duration(compile_seconds)}", flush=True)
@@ -184,18 +174,31 @@ def folder_of(args: argparse.Namespace, device: torch.device) -> Path:
     return args.out or Path("runs") / default
 
 
-def row_of_weights(args: argparse.Namespace, resumed: bool) -> dict[str, str]:
-    """Return the row of the plan about the weights that a run begins with, where a reader may expect others."""
-    if resumed:
-        return {}
-    if args.initial_checkpoint:
-        return {"begins with": str(args.initial_checkpoint)}
-    if "." in args.model:
-        return {"begins with": "random weights, not those of the name; --initial-checkpoint takes a file of weights"}
-    return {}
+def plan(
+        args: argparse.Namespace, trainer: Trainer, out: Path, params: int, macs: int, test_images: int,
+        resumed: bool) -> dict[str, str]:
+    """Return the rows of the plan that is shown before the training."""
+    recipe, device, processes = trainer.recipe, trainer.device, trainer.world.size
+    rows = {
+        "model": f"{args.model}, {params / 1e6:.2f} M parameters, {macs / 1e6:.1f} MMACs an image",
+        "data set": f"{args.dataset}, {len(trainer.images)} training and {test_images} test images"
+                    + (f", {args.holdout} held out" if args.holdout else ""),
+        "device": f"{hardware(device)['name']} ({device}), {args.precision}"
+                  + (", fused kernels" if args.cpu_kernels or args.gpu_kernels else "")
+                  + (f", {processes} processes" if processes > 1 else ""),
+        "recipe": f"{recipe_of(args, device)}, {count(recipe.epochs, 'epoch')} of "
+                  f"{count(trainer.steps_per_epoch, 'step')} of {recipe.batch_size} images, {recipe.optimizer}, "
+                  f"lr {recipe.lr:g}",
+    }
+    if args.initial_checkpoint and not resumed:
+        rows["begins with"] = str(args.initial_checkpoint)
+    elif "." in args.model and not resumed:
+        rows["begins with"] = "random weights, not those of the name; --initial-checkpoint takes a file of weights"
+    rows["out"] = f"{out}" + (f", resumed at step {trainer.step} of {trainer.total_steps}" if resumed else "")
+    return rows
 
 
-def suit_the_machine(
+def resolve_defaults(
         args: argparse.Namespace, world: World, device: torch.device, resumed: dict[str, Any]) -> None:
     """Decide what the command leaves open: compilation, the kernels of a CPU, and of a resumed run the precision.
 
@@ -215,7 +218,7 @@ def suit_the_machine(
             began = "the run began with --cpu-kernels, which" if resumed else "--cpu-kernels"
             raise RunError(f"{began} are not to be had here: {obstacle}")
         if args.cpu_kernels is None:
-            args.cpu_kernels = not world.any(int(obstacle is not None or not kernels_pay()))
+            args.cpu_kernels = not world.max_flag(int(obstacle is not None or not kernels_pay()))
     if args.gpu_kernels:
         check_gpu_kernels(device, args.compile, world.size, args.deterministic, args.precision)
     args.precision = args.precision or settings.get("precision")  # None: the network decides
@@ -248,31 +251,14 @@ def split_training_set(args: argparse.Namespace, data: Dataset, recipe: Recipe) 
 def run_epochs(
         args: argparse.Namespace, trainer: Trainer, out: Path, settings: dict[str, Any], watched: Split) -> int:
     """Train to the end with a checkpoint each epoch, or to the first signal; return that signal or 0."""
-    stop = {"signal": 0}
-    numbers = {signal.SIGINT, signal.SIGTERM}
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-        numbers.add(signal.SIGHUP)
-    before = {
-        number: signal.signal(number, lambda received, _: stop.update(signal=received)) for number in numbers}
-    try:
-        return _run_epochs(args, trainer, out, settings, watched, stop)
-    finally:
-        for number, handler in before.items():
-            if handler is not None:  # what did not come from Python cannot be put back by it
-                signal.signal(number, handler)
-
-
-def _run_epochs(
-        args: argparse.Namespace, trainer: Trainer, out: Path, settings: dict[str, Any], watched: Split,
-        stop: dict[str, int]) -> int:
     world, stopped = trainer.world, 0
     trainer.model.train()
-    with CheckpointWriter(out) as writer, Display(
+    with received_signals() as received, CheckpointWriter(out) as writer, Display(
             trainer.recipe.epochs, trainer.steps_per_epoch, trainer.recipe.batch_size, trainer.step,
             work=trainer.work, quiet=not world.main, wait=lambda: synchronize(trainer.device)) as display:
         while trainer.step < trainer.total_steps and not stopped:
             try:
-                stopped = trainer.train_epoch(display, lambda: stop["signal"])
+                stopped = trainer.train_epoch(display, lambda: received[-1] if received else 0)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
@@ -303,6 +289,23 @@ def _run_epochs(
             if row:
                 display.epoch(row)  # after its checkpoint: there may be nobody to print to any more
     return stopped
+
+
+@contextlib.contextmanager
+def received_signals() -> Iterator[list[int]]:
+    """Collect the signals that ask the process to end, which it does not by itself within the block."""
+    received: list[int] = []
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.add(signal.SIGHUP)
+    before = {
+        number: signal.signal(number, lambda signal_number, _: received.append(signal_number)) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # what did not come from Python cannot be put back by it
+                signal.signal(number, handler)
 
 
 def eval_only(args: argparse.Namespace) -> None:
@@ -337,7 +340,7 @@ def eval_only(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with contextlib.ExitStack() as at_the_end, told_in_one_line(), contextlib.ExitStack() as until_done:
+    with contextlib.ExitStack() as at_the_end, one_line_errors(), contextlib.ExitStack() as until_done:
         at_the_end.push(leave_world)  # after an error is told
         exact_float32()
         resumed = None

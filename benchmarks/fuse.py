@@ -6,7 +6,7 @@
 Four forms of each network take turns, so that whatever else the machine does meets all of them alike; a speedup is
 the median over the rounds of the time of the plain network over the form's in the same round.
 """
-import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
+from harness import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
 
 # isort: split
 import argparse
@@ -20,13 +20,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
-from arguments import Parser, check_models, positive
-from checkpoint import write_json
-from environment import command_line, hardware, pick_device, synchronize, versions
-from errors import RunError, told_in_one_line
-from precision import exact_float32
 
 import ran_layers
+from harness.arguments import Parser, check_models, positive
+from harness.checkpoint import write_json
+from harness.environment import command_line, hardware, pick_device, synchronize, versions
+from harness.errors import RunError, one_line_errors
+from harness.precision import exact_float32
 
 FORMS = ("plain", "plain, channels last", "folded", "folded, channels last (fuse)")
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, help="folder for fuse.json")
     args = parser.parse_args(argv)
-    with told_in_one_line():
+    with one_line_errors():
         device = pick_device(args.device)
         exact_float32()
         results = measure_all(args, device)

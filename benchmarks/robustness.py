@@ -6,7 +6,7 @@
 Three strengths of each corruption, with the parameters of severities 1, 3 and 5 of CIFAR-10-C (Hendrycks and
 Dietterich, 2019).
 """
-import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
+from harness import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
 
 # isort: split
 import argparse
@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from arguments import Parser, positive
-from checkpoint import write_json
-from data import DATASETS, SPECS, read_split
-from environment import command_line, hardware, pick_device, versions
-from errors import RunError, first_line, told_in_one_line
-from evaluate import evaluate
 from PIL import Image
-from precision import exact_float32
 from torchvision.transforms.functional import gaussian_blur
 
 import ran_layers
+from harness.arguments import Parser, positive
+from harness.checkpoint import write_json
+from harness.data import DATASETS, SPECS, read_split
+from harness.environment import command_line, hardware, pick_device, versions
+from harness.errors import RunError, first_line, one_line_errors
+from harness.evaluate import evaluate
+from harness.precision import exact_float32
 
 
 def add_noise(images: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, help="folder for robustness.json")
     args = parser.parse_args(argv)
-    with told_in_one_line():
+    with one_line_errors():
         device = pick_device(args.device)
         exact_float32()
         names = args.models or timm.list_pretrained("ran_*")

@@ -17,10 +17,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from arguments import Parser, positive
-from checkpoint import write_json
-from environment import command_line, hardware, pick_device, versions
-from errors import RunError, told_in_one_line
+
+from harness.arguments import Parser, positive
+from harness.checkpoint import write_json
+from harness.environment import command_line, hardware, pick_device, versions
+from harness.errors import RunError, one_line_errors
 
 SCRIPT = Path(__file__).parent / "cifar.py"
 
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.epochs < 2:
         parser.error(f"--epochs must be at least 2, got {args.epochs}")
-    with told_in_one_line():
+    with one_line_errors():
         device = pick_device(args.device)
         rows = [dict(form, runs=[]) for form in forms(args.processes, device)]
         for _ in range(args.rounds):

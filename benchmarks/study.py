@@ -7,11 +7,11 @@
     python benchmarks/study.py --report                            # docs/results.md from benchmarks/results/study
     python benchmarks/study.py --table learning --results mine     # all rows anew, and mine/results.md from them
 
-Experiments are rows of `experiments.py`. Each run is one call of `cifar.py` in a folder of its own, is resumed if it
-was interrupted, and is never run again once its result lies in --results: by default benchmarks/results/study, where
-those of other machines lie, which are compared with none of yours if they were trained in another way.
+Experiments are rows of `studies/experiments.py`. Each run is one call of `cifar.py` in a folder of its own, is resumed
+if it was interrupted, and is never run again once its result lies in --results: by default benchmarks/results/study,
+where those of other machines lie, which are compared with none of yours if they were trained in another way.
 """
-import ctrl_c  # noqa: F401  (first of all)
+from harness import ctrl_c  # noqa: F401  (first of all)
 
 # isort: split
 import argparse
@@ -30,20 +30,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import Parser, positive
-from checkpoint import FILE_NAME, load_checkpoint
-from cpu_kernels import kernels_pay, why_no_kernels
-from display import duration
-from environment import hardware, machine, pick_device
-from errors import RunError, told_in_one_line
-from evaluate import count_macs
-from experiments import EXPERIMENTS, TABLES, Experiment
-from precision import pick_precision
-from study_report import read_page, write_report
-from study_results import full_epochs, load_result, load_results, recipe_of
 from timm import create_model
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
+from harness.arguments import Parser, positive
+from harness.checkpoint import FILE_NAME, load_checkpoint
+from harness.display import duration
+from harness.environment import hardware, machine, pick_device
+from harness.errors import RunError, one_line_errors
+from harness.evaluate import count_macs
+from harness.kernels.cpu_kernels import kernels_pay, why_no_kernels
+from harness.precision import pick_precision
+from studies.experiments import EXPERIMENTS, TABLES, Experiment
+from studies.report import read_page, write_report
+from studies.results import full_epochs, load_result, load_results, recipe_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "study"
@@ -311,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     ours = args.results.resolve() == RESULTS
     args.docs = args.docs or (HERE.parent / "docs" if ours else args.results)
     args.runs = args.runs or (Path("runs") / "study" if ours else args.results / "runs")
-    with told_in_one_line():
+    with one_line_errors():
         unknown = sorted(set(args.run or ()) - set(EXPERIMENTS))
         if unknown:
             raise RunError(f"--run {unknown[0]} is no experiment; --list shows them")

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import Parser, positive
-from checkpoint import FILE_NAME, write_json
-from display import duration
-from environment import command_line, hardware, versions
-from errors import RunError, told_in_one_line
+
+from harness.arguments import Parser, positive
+from harness.checkpoint import FILE_NAME, write_json
+from harness.display import duration
+from harness.environment import command_line, hardware, versions
+from harness.errors import RunError, one_line_errors
 
 SCRIPT = Path(__file__).parent / "cifar.py"
 
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="folder for survive.json")
     args = parser.parse_args(argv)
-    with told_in_one_line():
+    with one_line_errors():
         with tempfile.TemporaryDirectory() as folder:
             result = survive(args.kills, args.epochs, args.limit, args.seed, Path(folder))
         print(f"{result['kills']} kills, the same weights as the undisturbed training of "

@@ -13,8 +13,7 @@ Cases, all in one process and in turn, so that a machine whose speed drifts is f
 Training goes from the stored image to the optimiser's step. Forward is the network alone in evaluation mode, on a batch
 that is on the device; in the harness's form on a GPU compiled and recorded too.
 """
-import ctrl_c  # noqa: F401  (first of all)
-import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
+from harness import ctrl_c, openmp  # noqa: F401  (before torch: Ctrl-C ends at once; what OpenMP reads is set)
 
 # isort: split
 import argparse
@@ -26,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import Parser, check_models, positive, positive_number
-from checkpoint import write_atomic, write_json
-from display import duration
-from environment import command_line, hardware, keep_freed_memory, machine, pick_device, synchronize, versions
-from errors import told_in_one_line
-from gpu import check_gpu_kernels, choose_kernels
-from precision import pick_precision
-from throughput_cases import Case, Harness, Loaded, load
+
+from harness.arguments import Parser, check_models, positive, positive_number
+from harness.checkpoint import write_atomic, write_json
+from harness.display import duration
+from harness.environment import command_line, hardware, keep_freed_memory, machine, pick_device, synchronize, versions
+from harness.errors import one_line_errors
+from harness.gpu import check_gpu_kernels, choose_kernels
+from harness.precision import pick_precision
+from harness.throughput_cases import Case, Harness, Loaded, load
 
 PRICE_OF_ATTENTION = ("resnet50", "resnetv2_50")
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for throughput.json and throughput.png")
     parser.add_argument("--plot", type=Path, help="where the plot goes (default: into --out)")
     args = parser.parse_args(argv)
-    with told_in_one_line():
+    with one_line_errors():
         check_models(args.models)
         # First of all: forked workers share this process's memory, which it then writes to in copies.
         loaders = {batch_size: load(batch_size, args.size) for batch_size in args.batch_sizes}

@@ -23,13 +23,13 @@ WEIGHTS = REPOSITORY / "ran_layers" / "weights"
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from checkpoint import write_atomic  # noqa: E402
-from display import duration  # noqa: E402
-from environment import machine  # noqa: E402
-from errors import told_in_one_line  # noqa: E402
-from evaluate import count_macs  # noqa: E402
-from pages import parts_of, replace_part, table  # noqa: E402
-from recipes import RECIPES  # noqa: E402
+from harness.checkpoint import write_atomic  # noqa: E402
+from harness.display import duration  # noqa: E402
+from harness.environment import machine  # noqa: E402
+from harness.errors import one_line_errors  # noqa: E402
+from harness.evaluate import count_macs  # noqa: E402
+from harness.recipes import RECIPES  # noqa: E402
+from studies.pages import parts_of, replace_part, table  # noqa: E402
 
 
 @cache
@@ -301,7 +301,7 @@ def with_tables(page: Path) -> str:
 
 
 def main() -> None:
-    with told_in_one_line():
+    with one_line_errors():
         for page in pages():
             text = with_tables(page)
             if text != page.read_text(encoding="utf-8"):

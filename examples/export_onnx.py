@@ -14,7 +14,7 @@ from typing import Any
 import onnxruntime
 import timm
 import torch
-from training import RunError, check_model, check_out, names_weights, positive, told_in_one_line, write_report
+from training import RunError, check_model, check_out, names_weights, one_line_errors, positive, write_report
 
 import ran_layers
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=positive, default=20)
     parser.add_argument("--out", type=Path, default=Path("runs/export_onnx.json"))
     args = parser.parse_args(argv)
-    with told_in_one_line():
+    with one_line_errors():
         export(args)
 
 

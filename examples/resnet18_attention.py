@@ -19,11 +19,11 @@ from training import (
     accuracy,
     check_out,
     load_dataset,
+    one_line_errors,
     pick_device,
     positive,
     positive_number,
     steps_of,
-    told_in_one_line,
     train,
     write_report,
 )
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/resnet18_attention.json"))
     args = parser.parse_args(argv)
-    with told_in_one_line():
+    with one_line_errors():
         compare(args)
 
 

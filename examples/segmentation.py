@@ -17,10 +17,10 @@ from training import (
     check_out,
     load_dataset,
     names_weights,
+    one_line_errors,
     pick_device,
     positive,
     positive_number,
-    told_in_one_line,
     write_report,
 )
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/segmentation.json"))
     args = parser.parse_args(argv)
-    with told_in_one_line():
+    with one_line_errors():
         segment(args)
 
 

@@ -13,15 +13,29 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from arguments import check_models, positive, positive_number
-from augment import crop_flip, normalize
-from checkpoint import write_json
-from data import Dataset, load_dataset
-from environment import hardware, pick_device, synchronize, versions
-from errors import RunError, told_in_one_line
+from harness.arguments import check_models, positive, positive_number
+from harness.augment import crop_flip, normalize
+from harness.checkpoint import write_json
+from harness.data import Dataset, load_dataset
+from harness.environment import hardware, pick_device, synchronize, versions
+from harness.errors import RunError, one_line_errors
 
-__all__ = ["Dataset", "RunError", "accuracy", "check_model", "check_out", "load_dataset", "names_weights",
-           "pick_device", "positive", "positive_number", "steps_of", "told_in_one_line", "train", "write_report"]
+__all__ = [
+    "Dataset",
+    "RunError",
+    "accuracy",
+    "check_model",
+    "check_out",
+    "load_dataset",
+    "names_weights",
+    "one_line_errors",
+    "pick_device",
+    "positive",
+    "positive_number",
+    "steps_of",
+    "train",
+    "write_report",
+]
 
 
 def train(

@@ -114,6 +114,9 @@ def insert_attention(
     model = _unwrapped(model)
     if not isinstance(example_input, torch.Tensor | None):
         raise TypeError(f"example_input must be a tensor or None, got {type(example_input).__name__}")
+    if example_input is not None and example_input.ndim != 4:
+        raise ValueError("example_input must be images (batch, channels, height, width), got a tensor of shape "
+                         f"{tuple(example_input.shape)}")
     hosts = _find_hosts(model, where)
     if len(hosts) > 1 and isinstance(module_args.get("trunk"), nn.Module):
         raise ValueError(f"trunk is one module and cannot be in {len(hosts)} places: insert one at a time")

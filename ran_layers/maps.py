@@ -52,7 +52,7 @@ def load_model(name: str) -> tuple[nn.Module, bool]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 1 if an image could not be read, 2 if there is no picture."""
+    """Run the command; return 1 if an image is missing or cannot be read, 2 if model, device or output are unusable."""
     args = parse_args(argv)
     try:
         model, trained = load_model(args.model)

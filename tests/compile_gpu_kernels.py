@@ -12,9 +12,8 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import gpu_kernels
-import gpu_mask_kernels
-from gpu_kernels import launch_shape
+from harness.kernels import gpu_kernels, gpu_mask_kernels
+from harness.kernels.gpu_kernels import launch_shape
 
 INTEGERS, NUMBERS = {"rows", "height", "width", "size"}, {"eps", "momentum"}
 FLOATS = {"sums", "weight", "bias", "running_mean", "running_var", "sums_of_y", "dsums", "dmatrix"}

@@ -6,8 +6,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import augment
-from recipes import make_recipe
+from harness import augment
+from harness.recipes import make_recipe
 
 
 def test_augmentations_do_what_they_say():

@@ -10,9 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import checkpoint
-from checkpoint import FILE_NAME, CheckpointWriter, Snapshot, load_checkpoint
-from errors import RunError
+from harness import checkpoint
+from harness.checkpoint import FILE_NAME, CheckpointWriter, Snapshot, load_checkpoint
+from harness.errors import RunError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -119,7 +119,7 @@ def test_checkpoints_hold_what_was_when_they_were_saved_and_failures_are_told(tm
     def full(*_):
         raise RunError("disk full")
 
-    monkeypatch.setattr("checkpoint.write_atomic", full)
+    monkeypatch.setattr("harness.checkpoint.write_atomic", full)
     writer = CheckpointWriter(tmp_path)
     writer.save({}, {})
     wait(writer.pending)

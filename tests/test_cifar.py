@@ -11,14 +11,16 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import augment  # noqa: E402
 import cifar  # noqa: E402
-from checkpoint import FILE_NAME, load_checkpoint  # noqa: E402
-from data import corrupt_labels, load_dataset  # noqa: E402
-from evaluate import evaluate, load_exported  # noqa: E402
-from muon import Muon, orthogonalize  # noqa: E402
-from options import parse_args  # noqa: E402
-from recipes import lr_scale, make_recipe, pixels_seen, resolution_at  # noqa: E402
+
+from harness import augment  # noqa: E402
+from harness.checkpoint import FILE_NAME, load_checkpoint  # noqa: E402
+from harness.data import corrupt_labels, load_dataset  # noqa: E402
+from harness.evaluate import evaluate  # noqa: E402
+from harness.export import load_exported  # noqa: E402
+from harness.muon import Muon, orthogonalize  # noqa: E402
+from harness.options import parse_args  # noqa: E402
+from harness.recipes import lr_scale, make_recipe, pixels_seen, resolution_at  # noqa: E402
 
 SMALL = ["--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "160", "--epochs", "2"]
 
@@ -288,7 +290,7 @@ def test_the_time_left_knows_the_resolutions_to_come(monkeypatch):
     assert pixels_seen(recipe, 1.0, 32) == pytest.approx(0.4 * 24 ** 2 + 0.6 * 32 ** 2)
     assert pixels_seen(make_recipe("quick", "cifar10", {}), 0.5, 32) == pytest.approx(0.5 * 32 ** 2)
     clock = iter((100.0, 110.0))
-    monkeypatch.setattr("display.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("harness.display.time.perf_counter", lambda: next(clock))
     display = cifar.Display(10, 10, 256, first_step=20, work=lambda progress: pixels_seen(recipe, progress, 32))
     # 10 seconds for steps 20 to 30 at 24 pixels; then come 10 at 24, and 60 at 32.
     assert display.time_left(30) == pytest.approx(10 + 60 * (32 / 24) ** 2)

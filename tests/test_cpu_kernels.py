@@ -13,10 +13,9 @@ from timm.layers import BatchNormAct2d
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import cpu_kernels
-from cpu_kernels import gate, library, norm_act_conv
-from cpu_modules import use_cpu_kernels
-
+from harness.kernels import cpu_kernels
+from harness.kernels.cpu_kernels import gate, library, norm_act_conv
+from harness.kernels.cpu_modules import use_cpu_kernels
 from ran_layers import AttentionModule, ResidualUnit, ResidualUnitDown, record_masks
 
 needs_compiler = pytest.mark.skipif(library() is None, reason="the kernels cannot be built here")

@@ -9,7 +9,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import ctrl_c  # noqa: E402
+from harness import ctrl_c  # noqa: E402
 
 
 @pytest.mark.parametrize("script", ["cifar.py", "study.py", "throughput.py"])
@@ -21,7 +21,7 @@ def test_while_torch_is_imported(script):
     with subprocess.Popen([sys.executable, "-c", allowed, *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                           text=True) as process:
         lines = iter(process.stderr)
-        assert any(line.startswith("import 'ctrl_c'") for line in lines)
+        assert any(line.startswith("import 'harness.ctrl_c'") for line in lines)
         process.send_signal(signal.SIGINT)
         assert "Traceback" not in "".join(lines)
     assert process.returncode == -signal.SIGINT

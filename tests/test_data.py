@@ -14,8 +14,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import data
 from test_cifar import fails
+
+from harness import data
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8))
 

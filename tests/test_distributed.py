@@ -16,11 +16,12 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import cifar  # noqa: E402
-from cpu_kernels import library  # noqa: E402
-from data import load_dataset  # noqa: E402
-from distributed import World, data_parallel, leave_world  # noqa: E402
-from recipes import make_recipe  # noqa: E402
-from trainer import Trainer  # noqa: E402
+
+from harness.data import load_dataset  # noqa: E402
+from harness.distributed import World, data_parallel, leave_world  # noqa: E402
+from harness.kernels.cpu_kernels import library  # noqa: E402
+from harness.recipes import make_recipe  # noqa: E402
+from harness.trainer import Trainer  # noqa: E402
 
 SMALL = ["--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "64", "--batch-size", "32"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
@@ -34,9 +35,9 @@ def torchrun(*args: str | Path) -> subprocess.CompletedProcess[str]:
 
 START = """
 import copy, torch, torch.nn as nn
-import cpu_modules
-from cpu_modules import use_cpu_kernels
-from distributed import data_parallel, join_world, leave_world, sync_batch_norm
+from harness.kernels import cpu_modules
+from harness.kernels.cpu_modules import use_cpu_kernels
+from harness.distributed import data_parallel, join_world, leave_world, sync_batch_norm
 from ran_layers import AttentionModule, ResidualUnitDown
 
 world, device = join_world("cpu")
@@ -59,7 +60,7 @@ for (name, param), other in zip(model.named_parameters(), alone.parameters()):
     torch.testing.assert_close(param.grad, other.grad, msg=lambda text: f"{name}: {text}")
 torch.testing.assert_close(model.state_dict(), alone.state_dict())
 torch.testing.assert_close(model.eval()(x), alone.eval()(x))
-assert world.any(7 * world.rank) == 7
+assert world.max_flag(7 * world.rank) == 7
 assert world.gather(torch.tensor([world.rank], dtype=torch.uint8)).tolist() == [[0], [1]]
 assert world.share(torch.arange(4)).tolist() == [2 * world.rank, 2 * world.rank + 1]
 """
@@ -188,7 +189,7 @@ def test_each_process_goes_on_with_its_own_random_numbers(monkeypatch):
         model = timm.create_model("plain_cnn8_cifar", num_classes=10)
         made = Trainer(
             model, make_recipe("quick", "digits", {}), data.train_images, data.train_labels,
-            torch.autocast("cpu", enabled=False), 0, World(), False, "off", False)
+            autocast=torch.autocast("cpu", enabled=False))
         made.world = World(1, 2)
         return made
 
@@ -216,7 +217,7 @@ def test_later_processes_leave_it_to_the_first_to_tell_errors(monkeypatch, capsy
         assert capsys.readouterr().err == ""
         waited.append(seconds)
 
-    monkeypatch.setattr("errors.time.sleep", wait)
+    monkeypatch.setattr("harness.errors.time.sleep", wait)
     with pytest.raises(SystemExit) as exit_info:
         cifar.main([*SMALL, "--model", "nothing"])
     assert exit_info.value.code == 2
@@ -233,10 +234,10 @@ def test_an_error_of_one_process_does_not_wait_for_the_others(monkeypatch, code,
         done.append(f"exit {status}")
         raise SystemExit(status)
 
-    monkeypatch.setattr("distributed.dist.is_initialized", lambda: True)
-    monkeypatch.setattr("distributed.dist.get_backend", lambda: backend)
-    monkeypatch.setattr("distributed.dist.destroy_process_group", lambda: done.append("destroy"))
-    monkeypatch.setattr("distributed.os._exit", leave)
+    monkeypatch.setattr("harness.distributed.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("harness.distributed.dist.get_backend", lambda: backend)
+    monkeypatch.setattr("harness.distributed.dist.destroy_process_group", lambda: done.append("destroy"))
+    monkeypatch.setattr("harness.distributed.os._exit", leave)
     with contextlib.suppress(SystemExit), contextlib.ExitStack() as stack:
         stack.push(leave_world)
         if code:
@@ -259,5 +260,5 @@ def test_half_the_environment_of_torchrun(monkeypatch, capsys, size, message):
 def test_one_process_needs_no_group():
     model = AttentionModule(8)
     assert data_parallel(model, World(), torch.device("cpu")) is model
-    assert World().any(3) == 3
+    assert World().max_flag(3) == 3
     assert World().mean(torch.ones(2)).tolist() == [1, 1]

@@ -198,7 +198,7 @@ def parse_arguments(argv: list[str]) -> None:
 
     module = importlib.import_module(Path(argv[0]).stem)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "told_in_one_line", stop)
+        patch.setattr(module, "one_line_errors", stop)
         with pytest.raises(ParsedError):
             module.main(argv[1:])
 
@@ -216,7 +216,8 @@ def check_extras(args: list[str]) -> None:
 def run_study(args: list[str]) -> None:
     """Let the study plan and write in a folder of its own; tests/test_study.py runs small experiments."""
     import study
-    import study_report
+
+    from studies import report as study_report
 
     docs = Path("study_docs")
     docs.mkdir(exist_ok=True)
@@ -230,7 +231,8 @@ def run_study(args: list[str]) -> None:
 def run_cifar(args: list[str], data: Path) -> None:
     """Train for one step on few images, or resume or evaluate what such a training left."""
     import cifar
-    import options
+
+    from harness import options
 
     args = [{"DIR": "runs/ran_att56_cifar-cifar10-quick-0"}.get(arg, arg) for arg in args]
     if "--help" in args:

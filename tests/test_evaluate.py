@@ -9,8 +9,8 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from evaluate import evaluate
-from result import seconds_to_top1
+from harness.evaluate import evaluate
+from harness.result import seconds_to_top1
 
 
 class FirstPixels(nn.Module):

@@ -14,7 +14,7 @@ from timm.layers import BatchNormAct2d, StdConv2d
 
 import ran_layers
 from ran_layers import insert_attention
-from ran_layers.fuse import ClampAct
+from ran_layers.fusion import ClampAct
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,12 +15,13 @@ from timm.utils import ModelEmaV3
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
-from distributed import World
-from errors import RunError
-from gpu import HalfWeights, MovingAverage, compile_model, price_of_determinism, unchanged, why_no_gpu_kernels
-from recipes import Recipe
-from trainer import Trainer
 
+from harness.averaging import MovingAverage
+from harness.compiling import compile_model
+from harness.errors import RunError
+from harness.gpu import HalfWeights, price_of_determinism, unchanged, why_no_gpu_kernels
+from harness.recipes import Recipe
+from harness.trainer import Trainer
 from ran_layers import AttentionModule
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -50,7 +51,7 @@ def trainer(
     labels = torch.randint(4, (64,), generator=generator).to(device)
     return Trainer(
         small_net(device, channels), Recipe(epochs=4, batch_size=16, **recipe), pixels, labels,
-        autocast(device, precision), 0, World(), False, compile_mode, False, gpu_kernels)
+        autocast=autocast(device, precision), compile_mode=compile_mode, gpu_kernels=gpu_kernels)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -208,7 +209,7 @@ def test_kernels_train_as_torch_does(mode):
 
 def test_units_with_kernels_are_not_compiled():
     pytest.importorskip("triton", reason="comes with PyTorch's builds for GPUs")
-    from gpu_modules import use_gpu_kernels
+    from harness.kernels.gpu_modules import use_gpu_kernels
 
     model = timm.create_model("ran_att56_cifar")
     use_gpu_kernels(model)

@@ -12,8 +12,8 @@ from triton_device import DEVICE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import gpu_kernels as kernels
-import gpu_mask_kernels as mask_kernels
+from harness.kernels import gpu_kernels as kernels
+from harness.kernels import gpu_mask_kernels as mask_kernels
 
 ZEROS = kernels.Zeros()
 

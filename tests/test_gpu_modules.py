@@ -11,9 +11,8 @@ from triton_device import DEVICE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from gpu_modules import FusedAttentionModule, FusedHead, FusedUnit, use_gpu_kernels
-
 import ran_layers
+from harness.kernels.gpu_modules import FusedAttentionModule, FusedHead, FusedUnit, use_gpu_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +57,18 @@ def test_unit():
     model, fused = pair(ran_layers.ResidualUnit(64))
     assert type(fused) is FusedUnit
     compare(model, fused, 3, 64, 7, 5)
+
+
+def test_what_changes_a_map_in_place_changes_its_sums():
+    model, fused = pair(torch.nn.Sequential(
+        ran_layers.ResidualUnit(64), torch.nn.ReLU(inplace=True), ran_layers.ResidualUnit(64)))
+    compare(model, fused, 3, 64, 7, 5)
+
+
+def test_other_channels_are_an_error():
+    _, fused = pair(ran_layers.ResidualUnit(64))
+    with pytest.raises(RuntimeError, match="64"):
+        fused(torch.randn(2, 32, 4, 4, device=DEVICE))
 
 
 @pytest.mark.parametrize("kwargs", [

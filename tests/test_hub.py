@@ -233,6 +233,15 @@ def test_interrupted_push(hub, run_dir, cli, monkeypatch):
     assert status == 130
     assert len(err) == 1
     assert hub.repos == {}
+    monkeypatch.setattr("huggingface_hub.HfApi.delete_repo", interrupt)
+    status, _, err = cli("push", run_dir, REPO)
+    assert status == 130
+    assert err == ["error: interrupted; run the same command again"]
+    monkeypatch.setattr("huggingface_hub.HfApi.delete_repo", lambda *_, **__: 1 / 0)
+    hub.repos.clear()
+    status, _, err = cli("push", run_dir, REPO)
+    assert status == 130
+    assert err == [f"error: interrupted; the new repository {REPO} stays, empty; pushing again fills it"]
 
 
 @pytest.mark.parametrize(("setup", "said"), [
@@ -284,18 +293,13 @@ def test_usage(cli, argv):
 
 
 def test_command_line_in_a_process_of_its_own(run_dir, tmp_path):
-    """``python -m ran_layers.hub`` with everything from the environment; publishing is imported only when used."""
-    script = (
-        "import runpy, sys, ran_layers\n"
-        "assert 'ran_layers.hub' not in sys.modules\n"
-        "assert callable(ran_layers.push_to_hub)\n"
-        "runpy.run_module('ran_layers.hub', run_name='__main__')\n")
+    """``python -m ran_layers.hub`` with everything from the environment."""
     with HubServer() as hub:
         env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.writer, "HF_HOME": str(tmp_path / "home"),
                "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
                "PYTHONPATH": str(Path(ran_layers.__file__).parents[1]) + os.pathsep + os.environ.get("PYTHONPATH", "")}
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", script, "push", str(run_dir), REPO],
+            [sys.executable, "-W", "ignore", "-m", "ran_layers.hub", "push", str(run_dir), REPO],
             env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""

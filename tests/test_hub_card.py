@@ -2,6 +2,7 @@
 import html as entities
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import timm
@@ -95,7 +96,7 @@ def test_card_metadata_and_body(hub, run_dir):
     assert card.data.library_name == "timm"
     assert card.data.license == "apache-2.0"
     assert card.data.datasets == ["uoft-cs/cifar10"]
-    assert {"image-classification", "residual-attention-network", "arxiv:1704.06904"} <= set(card.data.tags)
+    assert {"image-classification", "ran-layers"} <= set(card.data.tags)
     measured = {(r.metric_type, r.metric_name): r.metric_value for r in card.data.eval_results}
     assert measured[("error", "Top-1 error (%)")] == 8.5
     assert measured[("accuracy", "Top-1 accuracy (%)")] == 91.5
@@ -198,3 +199,16 @@ def test_any_timm_model(hub, tmp_path, cli):
     assert card.data.datasets is None
     assert "ran_layers" not in card.text
     timm.create_model(f"hf-hub:{REPO}", pretrained=True)
+
+
+@pytest.mark.parametrize("name", timm.list_models(["ran_*", "plain_cnn8_*", "resnet18_cifar", "resnet18"]))
+def test_the_card_says_how_its_network_is_found(name, run_dir):
+    card = ModelCard(model_card(replace(read_run(run_dir), model=name), REPO))
+    assert ("import ran_layers" in card.text) == ("pip install ran-layers" in card.text) == (name != "resnet18")
+    assert ("ran-layers" in card.data.tags) == (name != "resnet18")
+    assert ("arxiv:1704.06904" in card.data.tags) == name.startswith("ran_")
+
+
+def test_the_card_of_a_large_network(run_dir):
+    edit(run_dir / "result.json", lambda result: result.update(params=60_500_000, macs=1.94e9))
+    assert "60.5 M parameters, 1.94 G multiply-adds for an image." in model_card(read_run(run_dir), REPO)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
-from options import parse_args
+
+from harness.options import parse_args
 
 SMALL = ["--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "160", "--epochs", "1"]
 
@@ -97,7 +98,7 @@ def test_a_classifier_of_other_classes_begins_anew(first):
     model, _ = cifar.build_model(args, cifar.make_recipe("quick", "digits", {}), data)
     classifier = {name: value.clone() for name, value in model.get_classifier().state_dict().items()}
     weights = load_file(first)
-    cifar.begin_with(model, weights, first)
+    cifar.load_initial_weights(model, weights, first)
     after = model.state_dict()
     name = model.pretrained_cfg["classifier"]
     assert all(torch.equal(after[f"{name}.{part}"], value) for part, value in classifier.items())

@@ -268,6 +268,8 @@ def test_errors_of_unsuitable_hosts() -> None:
         insert_attention(HandWritten(), "unused", example_input=image)
     with pytest.raises(ValueError, match="where='stages' needs a timm model with feature_info, which HandWritten has"):
         insert_attention(HandWritten(), "stages", example_input=image)
+    with pytest.raises(ValueError, match=r"example_input must be images .* got a tensor of shape \(5,\)"):
+        insert_attention(HandWritten(), "stages", example_input=torch.zeros(5))
     with pytest.raises(ValueError, match="pass one that it takes as example_input"):
         insert_attention(HandWritten(), "block")
     with pytest.raises(ValueError, match=r"'blocks.0' \(Block\) must return a feature map .* returns \(1, 17, 192\)"):

@@ -13,11 +13,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
-import cpu_kernels
-import precision
-from cpu_kernels import kernels_pay, library, why_no_kernels
-from cpu_modules import share_of_kernels
-from precision import pick_precision
+
+from harness import precision
+from harness.kernels import cpu_kernels
+from harness.kernels.cpu_kernels import kernels_pay, library, why_no_kernels
+from harness.kernels.cpu_modules import share_of_kernels
+from harness.precision import pick_precision
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(library() is None, reason="the kernels cannot be built here")

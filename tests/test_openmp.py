@@ -9,7 +9,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import openmp  # noqa: E402
+from harness import openmp  # noqa: E402
 
 # Runs a script up to the import of torch, where it tells what torch would read.
 UNTIL_TORCH = """

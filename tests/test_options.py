@@ -10,13 +10,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
-from errors import RunError, told_in_one_line
-from evaluate import count_macs
-from network import begin_with
-from options import parse_args
-from recipes import make_recipe
-from result import selection
 from test_cifar import fails, run
+
+from harness.errors import RunError, one_line_errors
+from harness.evaluate import count_macs
+from harness.network import load_initial_weights
+from harness.options import parse_args
+from harness.recipes import make_recipe
+from harness.result import selection
 
 
 @pytest.mark.parametrize(("args", "message"), [
@@ -90,14 +91,14 @@ def test_arguments_of_a_model_may_be_given_by_one_flag_or_several(tmp_path):
      "error: there is not enough memory, of which smaller batches take less (CUDA out of memory. Tried to allocate"),
     (OSError(), "error: OSError()"), (RunError("so"), "error: so")])
 def test_errors_of_one_line(capsys, error, line):
-    with pytest.raises(SystemExit) as exit_info, told_in_one_line():
+    with pytest.raises(SystemExit) as exit_info, one_line_errors():
         raise error
     assert exit_info.value.code == 2
     assert capsys.readouterr().err.startswith(line)
 
 
 def test_mistakes_of_our_own_have_a_traceback():
-    with pytest.raises(RuntimeError, match="size of tensor"), told_in_one_line():
+    with pytest.raises(RuntimeError, match="size of tensor"), one_line_errors():
         raise RuntimeError("The size of tensor a must match")
 
 
@@ -113,10 +114,10 @@ def test_the_result_says_what_was_watched():
 def test_weights_to_begin_with_must_be_numbers():
     model = timm.create_model("plain_cnn8_cifar")
     weights = {name: values.clone() for name, values in model.state_dict().items()}
-    begin_with(model, weights, Path("some"))
+    load_initial_weights(model, weights, Path("some"))
     weights["head.fc.weight"][0, 0] = torch.inf
     with pytest.raises(RunError, match=r"--initial-checkpoint some: head\.fc\.weight has values that are NaN or inf"):
-        begin_with(model, weights, Path("some"))
+        load_initial_weights(model, weights, Path("some"))
 
 
 def test_of_several_processes_the_first_alone_evaluates(tmp_path, monkeypatch, capsys):

@@ -9,17 +9,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from data import corrupt_labels
-from distributed import World
-from recipes import RECIPES, Recipe, make_optimizer, make_recipe
 from test_cifar import run
-from trainer import Trainer
+
+from harness.data import corrupt_labels
+from harness.recipes import RECIPES, Recipe, make_optimizer, make_recipe
+from harness.trainer import Trainer
 
 
 def make_trainer(recipe: Recipe, rows: int = 64, seed: int = 0) -> Trainer:
     model, images = timm.create_model("plain_cnn8_cifar"), torch.zeros(rows, 32, 32, 3, dtype=torch.uint8)
-    return Trainer(model, recipe, images, torch.zeros(rows, dtype=torch.long), torch.autocast("cpu", enabled=False),
-                   seed, World(), False, "off", False)
+    return Trainer(model, recipe, images, torch.zeros(rows, dtype=torch.long),
+                   autocast=torch.autocast("cpu", enabled=False), seed=seed)
 
 
 @pytest.mark.parametrize("recipe", ["quick", "best"])

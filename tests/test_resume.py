@@ -15,15 +15,15 @@ from safetensors import SafetensorError, safe_open
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
-import evaluate
-import trainer
-from checkpoint import FILE_NAME, CheckpointWriter, claim, load_checkpoint
-from errors import RunError
-from recipes import make_recipe
-from resume import command_to_resume
 from test_cifar import fails, run
 from test_data import NOISE, encoded, write_parquet
 from test_recipes import make_trainer
+
+from harness import evaluate, trainer
+from harness.checkpoint import FILE_NAME, CheckpointWriter, claim, load_checkpoint
+from harness.errors import RunError
+from harness.recipes import make_recipe
+from harness.resume import command_to_resume
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_a_finished_epoch_is_saved_before_it_is_told(tmp_path, monkeypatch):
         raise BrokenPipeError
 
     monkeypatch.setattr(cifar.Display, "epoch", nobody_reads)
-    monkeypatch.setattr("errors.os.dup2", lambda *_: None)
+    monkeypatch.setattr("harness.errors.os.dup2", lambda *_: None)
     with pytest.raises(SystemExit):
         run("--out", tmp_path)
     assert len(load_checkpoint(tmp_path)[1]["epochs"]) == 1

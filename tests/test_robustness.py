@@ -10,8 +10,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import robustness
-from evaluate import export_model
 from test_data import write_parquet
+
+from harness.export import export_model
 
 
 @pytest.fixture(scope="module")

@@ -12,19 +12,20 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import cifar  # noqa: E402
-import experiments  # noqa: E402
 import scaling  # noqa: E402
 import study  # noqa: E402
-import study_report  # noqa: E402
-import study_results  # noqa: E402
 import throughput  # noqa: E402
-from checkpoint import CheckpointWriter  # noqa: E402
-from environment import machine  # noqa: E402
-from experiments import EXPERIMENTS, TABLES, Experiment, Row, Table, cite  # noqa: E402
-from recipes import make_recipe  # noqa: E402
-from study_report import write_report  # noqa: E402
-from study_results import load_results  # noqa: E402
 from timm import create_model  # noqa: E402
+
+from harness.checkpoint import CheckpointWriter  # noqa: E402
+from harness.environment import machine  # noqa: E402
+from harness.recipes import make_recipe  # noqa: E402
+from studies import experiments  # noqa: E402
+from studies import report as study_report  # noqa: E402
+from studies import results as study_results  # noqa: E402
+from studies.experiments import EXPERIMENTS, TABLES, Experiment, Row, Table, cite  # noqa: E402
+from studies.report import write_report  # noqa: E402
+from studies.results import load_results  # noqa: E402
 
 TINY = dict(model="plain_cnn8_cifar", dataset="digits", recipe="quick", args=("--limit", "64"))
 STUDY = {"tiny-a": Experiment(**TINY), "tiny-b": Experiment(**{**TINY, "args": ("--limit", "64", "--lr", "0.01")})}
@@ -139,8 +140,9 @@ def test_tables_show_means_spreads_and_short_runs(tiny, tmp_path):
     assert "| 21.10 ± 0.85 (2 seeds) | +0.10 ± 5.02, too close to call | A |" in page
     both = "python benchmarks/cifar.py --seed $seed --out runs/study/tiny-a-8ep-seed$seed"
     assert f"\nfor seed in 0 1; do {both}; done\n" in page
-    assert "\npython benchmarks/study.py --table tiny --results runs/results\n```" in page
+    assert "\npython benchmarks/study.py --table tiny --results runs/results\n```\n\n</details>" in page
     assert "\npython benchmarks/cifar.py --seed 0 --out runs/study/tiny-a-3ep-seed0\n" in page
+    assert "Not run yet" not in page
     assert "old" not in page
     assert page.endswith("after\n")
     assert (tmp_path / "docs" / "assets" / "study-tiny.png").read_bytes().startswith(b"\x89PNG")
@@ -202,6 +204,28 @@ def test_results_of_ones_own_have_a_page_of_their_own(tiny, tmp_path, monkeypatc
     assert "| B |  | 30.00 (1 seed) | +0.00, spread unknown | A |" in page
     assert (tmp_path / "own" / "results" / "assets" / "study-tiny.png").is_file()
     assert (tmp_path / "docs" / "results.md").read_text() == before
+
+
+def test_rows_that_were_not_run_are_named_below_the_others(tiny, tmp_path):
+    save(tmp_path / "results", "tiny-b", 8, 20.5, 21.7)
+    study.main(["--report", *tiny])
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "| A |" not in page
+    assert "\n\nNot run yet: A, published: 22.08 (report, Plain CNN-8).\n\n" in page
+
+
+def test_the_printed_command_trains_every_seed_also_where_the_first_did_not_name_it(tiny, tmp_path):
+    results = tmp_path / "results"
+    save(results, "tiny-a", 8, 20.0, 22.0)
+    for given in ("", " --seed=0", " --seed 0 --eval-every 1"):
+        first = json.loads((results / "tiny-a-8ep-seed0.json").read_text())
+        first["command"] = f"python benchmarks/cifar.py --epochs 8{given}"
+        (results / "tiny-a-8ep-seed0.json").write_text(json.dumps(first))
+        study.main(["--report", *tiny])
+        page = (tmp_path / "docs" / "results.md").read_text()
+        rest = given.replace(" --seed=0", "").replace(" --seed 0", "")
+        command = f"python benchmarks/cifar.py --epochs 8{rest} --seed $seed --out runs/study/tiny-a-8ep-seed$seed"
+        assert f"\nfor seed in 0 1; do {command}; done\n" in page
 
 
 def test_committed_page_is_what_the_committed_results_say(tmp_path):

@@ -10,7 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import throughput
-import throughput_cases
+
+from harness import throughput_cases
 
 
 def test_cases_are_timed_in_turn_and_compared_with_the_ceilings(tmp_path, monkeypatch, capsys):

@@ -12,8 +12,8 @@ import ran_layers  # noqa: F401
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from data import read_split  # noqa: E402
-from evaluate import evaluate  # noqa: E402
+from harness.data import read_split  # noqa: E402
+from harness.evaluate import evaluate  # noqa: E402
 
 SHIPPED = timm.list_pretrained("ran_*")
 

@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HubError, ValueError, OSError) as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; run the same command again", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"error: interrupted; {str(error) or 'run the same command again'}", file=sys.stderr)
         return 130
 
 

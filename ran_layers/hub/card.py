@@ -3,6 +3,7 @@ import re
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import is_model, model_entrypoint
 
 from .._download import plain
 from ..published import PUBLISHED, published_network
@@ -58,8 +59,10 @@ def card_data(run: Run, repo_id: str) -> ModelCardData:
         results.append(EvalResult(
             metric_type="accuracy", metric_name="Top-5 accuracy (%)", metric_value=_percent(top5), **common))
     tags = ["image-classification", "timm", "pytorch"]
-    if published_network(run.model):
-        tags += ["ran-layers", "residual-attention-network", "arxiv:1704.06904"]
+    if is_ours(run.model):
+        tags.append("ran-layers")
+    if is_residual_attention(run.model):
+        tags += ["residual-attention-network", "arxiv:1704.06904"]
     return ModelCardData(
         library_name="timm",
         license=plain(optional(run.config, "pretrained_cfg.license", str) or "apache-2.0"),
@@ -70,6 +73,16 @@ def card_data(run: Run, repo_id: str) -> ModelCardData:
         model_name=repo_id.rpartition("/")[2],
         eval_results=results,
     )
+
+
+def is_ours(model: str) -> bool:
+    """Whether it is a network that timm knows after ``import ran_layers`` alone."""
+    return is_model(model) and model_entrypoint(model).__module__.startswith("ran_layers.")
+
+
+def is_residual_attention(model: str) -> bool:
+    """Whether it is a network of this package with Attention Modules, not one of its baselines."""
+    return is_ours(model) and model.startswith("ran_")
 
 
 def text(value: Any) -> str:
@@ -89,17 +102,16 @@ def code(value: str, language: str = "") -> str:
 
 def _introduction(run: Run) -> str:
     name = text(DATASETS.get(run.dataset, (run.dataset,))[0])
-    if published_network(run.model):
+    what = "A `timm` model"
+    if is_residual_attention(run.model):
         what = f"A Residual Attention Network ([Wang et al., CVPR 2017]({PAPER})), `timm` model"
-        if run.model.startswith("plain_cnn"):
-            what = "A plain convolutional network, the baseline of Residual Attention Networks, `timm` model"
-    else:
-        what = "A `timm` model"
+    elif is_ours(run.model):
+        what = f"A baseline of Residual Attention Networks ([Wang et al., CVPR 2017]({PAPER})), `timm` model"
     sentence = f"{what} {text(run.model)}, trained on {name}."
     sizes = [
-        f"{number / scale:.3g} {unit}" for number, scale, unit in (
-            (optional(run.result, "params", (int, float)), 1e6, "M parameters"),
-            (optional(run.result, "macs", (int, float)), 1e6, "M multiply-adds for an image"),
+        f"{_short(number)} {unit}" for number, unit in (
+            (optional(run.result, "params", (int, float)), "parameters"),
+            (optional(run.result, "macs", (int, float)), "multiply-adds for an image"),
         ) if number is not None]
     return f"{sentence} {', '.join(sizes)}." if sizes else sentence
 
@@ -132,7 +144,7 @@ def _results(run: Run) -> str:
 
 
 def _loading(run: Run, repo_id: str) -> str:
-    ours = published_network(run.model) is not None
+    ours = is_ours(run.model)
     lines = [
         "import timm", *(["import ran_layers  # registers the network with timm"] if ours else []), "",
         f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()',
@@ -190,6 +202,10 @@ def _limits(run: Run) -> str:
 
 def _percent(value: float) -> float:
     return round(float(value), 2)
+
+
+def _short(number: float) -> str:
+    return f"{number / 1e9:.3g} G" if number >= 1e9 else f"{number / 1e6:.3g} M"
 
 
 def _rounded(value: float | None) -> str | None:

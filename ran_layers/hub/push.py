@@ -172,8 +172,10 @@ def _push(api: HfApi, repo_id: str, files: Files, private: bool, revision: str |
         return _commit(api, repo_id, files, info, revision, message)
     except BaseException as error:
         if created and not _remove_if_empty(api, repo_id):
-            line = explain(error, repo_id, revision, api.token)
-            raise HubError(f"{line} (the new repository {repo_id} stays, empty; pushing again fills it)") from None
+            stays = f"the new repository {repo_id} stays, empty; pushing again fills it"
+            if not isinstance(error, Exception):  # Ctrl-C remains that
+                raise type(error)(stays) from None
+            raise HubError(f"{explain(error, repo_id, revision, api.token)} ({stays})") from None
         raise
 
 

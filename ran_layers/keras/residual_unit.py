@@ -54,7 +54,7 @@ class ResidualUnit(ImageLayer):
     def build(self, input_shape: Shape) -> None:
         in_channels = self.channels_of(input_shape)
         out_channels = in_channels if self.out_channels is None else self.out_channels
-        mid_channels = max(1, int(out_channels * self.bottle_ratio))
+        mid_channels = max(1, int(out_channels * self.bottle_ratio + 1e-6))  # 100 * 0.29 is 28.999...
 
         self.norm1 = self.norm("norm1")
         self.conv1 = self.conv(mid_channels, 1, name="conv1")

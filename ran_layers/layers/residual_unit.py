@@ -183,7 +183,7 @@ def _check_unit(
     check_fraction("bottle_ratio", bottle_ratio, zero=False, one=True)
     check_int("groups", groups, 1)
     check_fraction("drop_path", drop_path, zero=True, one=False)
-    mid_channels = max(1, int(out_channels * bottle_ratio))
+    mid_channels = max(1, int(out_channels * bottle_ratio + 1e-6))  # 100 * 0.29 is 28.999...
     if mid_channels % groups:
         raise ValueError(
             f"groups must divide the inner channels (out_channels * bottle_ratio = {mid_channels}), got {groups}"

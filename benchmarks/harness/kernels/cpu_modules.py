@@ -1,0 +1,174 @@
+"""Modules of a network that train with the kernels of `cpu_kernels.py`."""
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.layers import BatchNormAct2d
+
+from harness.distributed import normalize_globally
+from harness.kernels.cpu_kernels import CHANNELS, batch_norm_act, fits, gate, norm_act_conv, norm_act_conv_and_shortcut
+from harness.kernels.plain_modules import (
+    LAYERS_OF_HEAD,
+    DeferrableSigmoid,
+    are_unobserved,
+    ends_in_gate,
+    has_plain_gate,
+    is_plain_conv,
+    logits_of,
+)
+from ran_layers import AttentionModule, ResidualUnit, ResidualUnitDown
+from ran_layers.layers.attention_module import check_input, check_trunk_shape
+from ran_layers.layers.mask_branch import MaskHead
+
+
+def use_cpu_kernels(model: nn.Module, synced: bool = False) -> None:
+    """Let ``model`` train with the kernels, where :func:`cpu_kernels.why_no_kernels` says nothing.
+
+    Batch normalisation with the ReLU and the convolution after it, the sum of a residual unit and the gate of an
+    Attention Module change the way they are computed in training. Parameters, statistics and what the model does in
+    evaluation stay as they are, and maps that the kernels do not take go torch's way.
+
+    Args:
+        synced: Normalise over the batches of all processes.
+    """
+    for module in model.modules():
+        if type(module) is AttentionModule and has_plain_gate(module):
+            module.__class__ = _AttentionModule
+            module.mask.head.act.__class__ = DeferrableSigmoid
+        elif type(module) in _FASTER:
+            module.__class__ = _FASTER[type(module)]
+        if isinstance(module, _Norm):
+            module.synced = synced
+
+
+def _norm_fits(norm: nn.BatchNorm2d, x: torch.Tensor) -> bool:
+    if not (norm.training and norm.track_running_stats and norm.momentum is not None and fits(x)):
+        return False
+    numbers = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    return norm.num_batches_tracked is not None and all(
+        values is not None and values.dtype is torch.float32 and values.shape == x.shape[1:2] and values.is_contiguous()
+        for values in numbers)
+
+
+class _Norm:
+    """A batch normalisation that may be over the batches of all processes."""
+
+    synced = False
+
+
+class _BatchNorm2d(_Norm, nn.BatchNorm2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if _norm_fits(self, input):
+            return batch_norm_act(self, input, relu=False, synced=self.synced)[0]
+        return normalize_globally(self, input) if self.synced and self.training else super().forward(input)
+
+
+class _BatchNormAct2d(_Norm, BatchNormAct2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.with_input(x)[0]
+
+    def with_input(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the output, and the input for what goes past this layer."""
+        if self.fits(x):
+            return batch_norm_act(self, x, relu=type(self.act) is nn.ReLU, synced=self.synced)
+        if self.synced and self.training:
+            return self.act(self.drop(normalize_globally(self, x))), x
+        return super().forward(x), x
+
+    def fits(self, x: torch.Tensor) -> bool:
+        return (type(self.act) in (nn.ReLU, nn.Identity) and type(self.drop) is nn.Identity
+                and are_unobserved(self.act, self.drop) and _norm_fits(self, x))
+
+
+def _norm_act_conv(
+        norm: Any, conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``conv(norm(x)) + other``, and ``x`` for what goes past all that."""
+    if _norm_act_fits(norm, x) and _conv_fits(conv, x, other):
+        return norm_act_conv(norm, x, conv.weight, conv.stride[0], other, norm.synced)
+    y, past = norm.with_input(x) if isinstance(norm, _BatchNormAct2d) and are_unobserved(norm) else (norm(x), x)
+    y = conv(y)
+    return y if other is None else y + other, past
+
+
+def _norm_act_fits(norm: Any, x: torch.Tensor) -> bool:
+    return isinstance(norm, _BatchNormAct2d) and type(norm.act) is nn.ReLU and are_unobserved(norm) and norm.fits(x)
+
+
+def _conv_fits(conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Whether the kernels have this convolution of the map ``x``, and the sum with ``other``."""
+    if conv.kernel_size == (3, 3):
+        return other is None and _has_weight(conv, x, 3)
+    return _has_weight(conv, x, 1) and conv.stride == (1, 1) and (other is None or (
+        other.shape == (len(x), conv.out_channels, *x.shape[2:]) and other.dtype is x.dtype and fits(other)))
+
+
+def _has_weight(conv: nn.Conv2d, x: torch.Tensor, size: int) -> bool:
+    """Whether ``conv`` has such a weight as the kernels take, of ``size``, for a map like ``x``."""
+    computed_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    return (x.dtype is computed_in and _is_plain(conv, size) and are_unobserved(conv)
+            and conv.weight.dtype is torch.float32 and conv.weight.shape[1] == x.shape[1])
+
+
+def _is_plain(conv: nn.Conv2d, size: int) -> bool:
+    """Whether ``conv`` is a convolution of ``size`` and nothing else, with channels that the kernels take."""
+    return is_plain_conv(conv, size) and conv.in_channels % CHANNELS == conv.out_channels % CHANNELS == 0
+
+
+def share_of_kernels(model: nn.Module) -> float:
+    """Return the share of the weights of convolutions in ``model`` whose convolutions the kernels have."""
+    weights = sum(conv.weight.numel() for conv in model.modules() if isinstance(conv, nn.Conv2d))
+    taken = 0
+    for unit in model.modules():
+        if isinstance(unit, (ResidualUnit, MaskHead)):
+            norms = [norm for name, norm in unit.named_children() if name.startswith("norm")]
+            if all(isinstance(norm, BatchNormAct2d) and type(norm.act) is nn.ReLU for norm in norms):
+                taken += sum(conv.weight.numel() for conv in unit.children()
+                             if isinstance(conv, nn.Conv2d) and any(_is_plain(conv, size) for size in (1, 3)))
+    return taken / max(1, weights)
+
+
+class _ResidualUnit(ResidualUnit):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        if self.downsample is None:
+            x, shortcut = _norm_act_conv(self.norm1, self.conv1, x)
+        elif _norm_act_fits(self.norm1, x) and all(_has_weight(conv, x, 1) for conv in (self.conv1, self.downsample)):
+            x, shortcut = norm_act_conv_and_shortcut(
+                self.norm1, x, self.conv1.weight, self.downsample.weight, self.downsample.stride[0], self.norm1.synced)
+        else:
+            preact = self.norm1(x)
+            x, shortcut = self.conv1(preact), self.downsample(preact)
+        x, _ = _norm_act_conv(self.norm2, self.conv2, x)
+        if type(self.drop_path) is nn.Identity and are_unobserved(self.drop_path):
+            return _norm_act_conv(self.norm3, self.conv3, x, shortcut)[0]
+        return self.drop_path(_norm_act_conv(self.norm3, self.conv3, x)[0]) + shortcut
+
+
+class _MaskHead(MaskHead):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or tuple(self._modules) != LAYERS_OF_HEAD:
+            return super().forward(x)
+        x, _ = _norm_act_conv(self.norm1, self.conv1, x)
+        x, _ = _norm_act_conv(self.norm2, self.conv2, x)
+        return self.act(x)
+
+
+class _AttentionModule(AttentionModule):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plain = has_plain_gate(self, DeferrableSigmoid, (MaskHead, _MaskHead))
+        if not (self.training and plain and ends_in_gate(self)):
+            return super().forward(x)
+        x = self.pre(check_input(x, self.channels, self.mask_depth))
+        trunk, logits = check_trunk_shape(self.trunk(x), x), logits_of(self.mask, x)
+        if fits(trunk, logits):
+            x = gate(trunk, logits)
+        else:
+            x = torch.addcmul(trunk, torch.sigmoid(logits), trunk)
+        return self.post(x)
+
+
+_FASTER: dict[type, type] = {
+    nn.BatchNorm2d: _BatchNorm2d, BatchNormAct2d: _BatchNormAct2d, ResidualUnit: _ResidualUnit,
+    ResidualUnitDown: _ResidualUnit, MaskHead: _MaskHead}
