@@ -43,7 +43,7 @@ from harness.options import check_eval_only, parse_args
 from harness.precision import exact_float32, pick_precision
 from harness.recipes import Recipe, make_recipe
 from harness.result import earlier_runs, print_final, selection, write_result
-from harness.resume import check_data, check_folder, command_to_resume, saved_arguments
+from harness.resume import check_data, check_folder, command_to_resume, other_machine, saved_arguments
 from harness.trainer import Trainer
 
 Split = tuple[torch.Tensor, torch.Tensor]  # images and labels
@@ -132,6 +132,8 @@ def train(
         compile_seconds=compile_seconds)
     if resumed and trainer.step == trainer.total_steps:  # nothing is left to train on this one
         args.machine = resumed[1].get("machine", args.machine)
+    elif world.main and resumed and (change := other_machine(args.machine["hardware"], resumed[1])):
+        print(f"resumed on another machine ({change}): equal to an undisturbed run but for rounding", flush=True)
     price = None
     if args.deterministic and trainer.replayed:
         price = price_of_determinism(model, trainer.empty_batches()[-1][0], autocast)
@@ -179,7 +181,7 @@ def plan(
         resumed: bool) -> dict[str, str]:
     """Return the rows of the plan that is shown before the training."""
     recipe, device, processes = trainer.recipe, trainer.device, trainer.world.size
-    rows = {
+    return {
         "model": f"{args.model}, {params / 1e6:.2f} M parameters, {macs / 1e6:.1f} MMACs an image",
         "data set": f"{args.dataset}, {len(trainer.images)} training and {test_images} test images"
                     + (f", {args.holdout} held out" if args.holdout else ""),
@@ -189,13 +191,20 @@ def plan(
         "recipe": f"{recipe_of(args, device)}, {count(recipe.epochs, 'epoch')} of "
                   f"{count(trainer.steps_per_epoch, 'step')} of {recipe.batch_size} images, {recipe.optimizer}, "
                   f"lr {recipe.lr:g}",
+        **row_of_weights(args, resumed),
+        "out": f"{out}" + (f", resumed at step {trainer.step} of {trainer.total_steps}" if resumed else ""),
     }
-    if args.initial_checkpoint and not resumed:
-        rows["begins with"] = str(args.initial_checkpoint)
-    elif "." in args.model and not resumed:
-        rows["begins with"] = "random weights, not those of the name; --initial-checkpoint takes a file of weights"
-    rows["out"] = f"{out}" + (f", resumed at step {trainer.step} of {trainer.total_steps}" if resumed else "")
-    return rows
+
+
+def row_of_weights(args: argparse.Namespace, resumed: bool) -> dict[str, str]:
+    """Return the row of the plan about the weights that a run begins with, where a reader may expect others."""
+    if resumed:
+        return {}
+    if args.initial_checkpoint:
+        return {"begins with": str(args.initial_checkpoint)}
+    if "." in args.model:
+        return {"begins with": "random weights, not those of the name; --initial-checkpoint takes a file of weights"}
+    return {}
 
 
 def resolve_defaults(

@@ -30,6 +30,8 @@ from harness.errors import one_line_errors  # noqa: E402
 from harness.evaluate import count_macs  # noqa: E402
 from harness.recipes import RECIPES  # noqa: E402
 from studies.pages import parts_of, replace_part, table  # noqa: E402
+from studies.results import load_results  # noqa: E402
+from studies.summary import summary  # noqa: E402
 
 
 @cache
@@ -280,15 +282,43 @@ def resnet18_attention(result: dict[str, Any]) -> str:
               f"time ({result['name']}). So short a training tells nothing about long ones.")
 
 
-TABLES = {"model-zoo": model_zoo, "published": published, "recipes": recipes, "shipped-weights": shipped_weights,
-          "trained-on-gpu": trained_on_gpu,
-          "time-to-accuracy": time_to_accuracy, "survive": survive, "scaling": scaling, "throughput": throughput,
-          "throughput-elsewhere": throughput_elsewhere, "fuse": fuse, "resnet18-attention": resnet18_attention}
+def study_summary() -> str:
+    """The differences between the short trainings of the study."""
+    return summary(load_results(REPOSITORY / "benchmarks" / "results" / "study"))
+
+
+def speed_summary() -> str:
+    """How fast the networks train, on the CPU that was measured last and on GPUs."""
+    cpu = _measured("throughput")
+    names = {"harness": "`cifar.py`", "dataloader": "float32, NCHW, eager mode, a `DataLoader`"}
+    rows = []
+    if cpu:
+        cases = [case for case in cpu["cases"] if case["model"] == "ran_att56_cifar"]
+        largest = max(case["batch_size"] for case in cases)
+        on = f"{cpu['hardware']['threads']} cores, {machine(cpu['hardware'])}"
+        rows += [("`ran_att56_cifar`", names[case["form"]], on, f"{case['train']['images_per_s']:.0f}")
+                 for case in cases if case["batch_size"] == largest]
+    runs: dict[tuple[str, str], list[float]] = {}
+    for file in sorted((REPOSITORY / "benchmarks" / "results" / "study").glob("*.json")):
+        result = json.loads(file.read_text())
+        if result["hardware"]["device"] == "cuda":
+            runs.setdefault((result["model"], result["hardware"]["name"]), []).append(result["images_per_s"])
+    rows += [(f"`{model}`", names["harness"], name,
+              " to ".join(f"{speed:,.0f}" for speed in sorted({min(found), max(found)})))
+             for (model, name), found in runs.items()]
+    return table(("network", "trained by", "on", "images/s"), "lllr", rows)
+
+
+TABLES = {
+    "model-zoo": model_zoo, "published": published, "recipes": recipes, "shipped-weights": shipped_weights,
+    "study-summary": study_summary, "speed-summary": speed_summary, "trained-on-gpu": trained_on_gpu,
+    "time-to-accuracy": time_to_accuracy, "survive": survive, "scaling": scaling, "throughput": throughput,
+    "throughput-elsewhere": throughput_elsewhere, "fuse": fuse, "resnet18-attention": resnet18_attention}
 
 
 def pages() -> list[Path]:
     """Return the pages that may have tables."""
-    return sorted((REPOSITORY / "docs").glob("*.md"))
+    return [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def with_tables(page: Path) -> str:

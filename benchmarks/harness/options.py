@@ -47,7 +47,8 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     parser.add_argument("--label-noise", type=float, default=0.0, metavar="SHARE",
                         help="give this share of the training images a wrong label (the paper's section 4.1)")
     parser.add_argument("--deterministic", action="store_true",
-                        help="same weights from the same seed on a GPU too, and what that costs; a CPU always does so")
+                        help="same weights from the same seed on a GPU too, and what that costs; a CPU always gives "
+                             "them, with as many threads, the same precision and the same kernels")
     parser.add_argument("--out", type=out_folder,
                         help="folder of the run (default: runs/MODEL-DATASET-RECIPE-SEED, with -further at the end "
                              "where --initial-checkpoint is given)")

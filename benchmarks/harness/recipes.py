@@ -25,7 +25,7 @@ class Recipe:
     momentum: float = 0.9
     muon_momentum: float = 0.95  # muon: of the convolutions it orthogonalises; `momentum` is that of the rest
     muon_sgd_lr: float = 0.1  # muon: of the rest, the first convolution, normalisations and the classifier
-    weight_decay: float = 5e-4  # on convolution and linear weights only
+    weight_decay: float = 5e-4  # on convolution and linear weights; with muon on those it orthogonalises
     schedule: str = "onecycle"  # onecycle (linear up, linear down to 0), step, constant
     warmup: float = 0.2  # onecycle: fraction of the training on the way up
     milestones: tuple[float, ...] = ()  # step: fractions of the training at which lr is divided by 10
@@ -143,7 +143,9 @@ def pixels_seen(recipe: Recipe, progress: float, full: int) -> float:
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the recipe's optimiser; weight decay is for the weights of convolutions and linear layers only.
+    """Return the recipe's optimiser; weight decay is for weights of convolutions and linear layers only.
+
+    With Muon it is for those that Muon orthogonalises: not for the first convolution and the classifier.
 
     Each group's ``base_lr`` is what the schedule scales.
     """

@@ -1,6 +1,7 @@
 """Differences between the study's rows, seed by seed, with confidence intervals."""
 import math
 import statistics
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from studies.results import Finished
@@ -11,6 +12,36 @@ class Spread(NamedTuple):
 
     deviation: float
     degrees: int
+
+
+class Difference(NamedTuple):
+    """Mean over the seeds of what one row's error is above another's, in points."""
+
+    mean: float
+    half: float | None  # half of its 95 % confidence interval, None where nothing tells how far seeds are apart
+    seeds: int
+
+    @property
+    def stands_out(self) -> bool:
+        return self.half is not None and abs(self.mean) > self.half
+
+    def __str__(self) -> str:
+        if self.half is None:
+            return f"{self.mean:+.2f}, spread unknown"
+        return f"{self.mean:+.2f} ± {self.half:.2f}" + (" (1 seed)" if self.seeds == 1 else "")
+
+
+def comparable(group: Finished, others: Iterable[Finished]) -> list[Finished]:
+    """Return those of ``others`` that have seeds and the number of epochs in common with ``group``."""
+    return [other for other in others if other.epochs == group.epochs and set(other.results) & set(group.results)]
+
+
+def difference(group: Finished, other: Finished, finished: dict[str, list[Finished]]) -> Difference:
+    """Return the error of ``group`` minus that of ``other``, with its interval from all that is ``finished``."""
+    differences = paired(group, other)
+    spread = pooled(finished, group)
+    return Difference(statistics.mean(differences), spread and half_interval(spread, len(differences)),
+                      len(differences))
 
 
 def paired(group: Finished, other: Finished) -> list[float]:

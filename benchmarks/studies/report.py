@@ -1,6 +1,5 @@
 """The study's tables and plots, from its results and nothing else."""
 import re
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from harness.checkpoint import write_atomic
 from harness.environment import machine
 from harness.errors import RunError
 from studies import pages
-from studies.differences import half_interval, paired, pooled
+from studies.differences import comparable, difference
 from studies.experiments import TABLES, Row, Table
 from studies.plots import draw, panels
 from studies.results import Finished, conditions_text, full_epochs, load_results
@@ -105,31 +104,23 @@ def cells_of(row: Row, table: Table, finished: dict[str, list[Finished]]) -> Ite
         ours = f"{group.mean:.2f}"
         ours += f" ± {group.deviation:.2f} ({len(group.errors)} seeds)" if group.deviation is not None else " (1 seed)"
         names = sorted({machine(result["hardware"]) for result in group.results.values()})
-        difference = compare(row, group, finished)
+        compared = compare(row, group, finished)
         reference = next((other.label for other in table.rows if other.experiment == row.against), "")
-        yield (row.label, published(row), ours, difference, reference if difference else "",
+        yield (row.label, published(row), ours, compared, reference if compared else "",
                f"{group.first['params'] / 1e6:.2f}", f"{group.first['macs'] / 1e6:.1f}", short,
                f"{'; '.join(names)}, {conditions_text(group)}")
 
 
 def compare(row: Row, group: Finished, finished: dict[str, list[Finished]]) -> str:
     """Return the difference to what ``row`` is compared with, and whether it stands out of the spread."""
-    others = [other for other in finished.get(row.against, ())
-              if other.epochs == group.epochs and set(other.results) & set(group.results)]
+    others = comparable(group, finished.get(row.against, ()))
     if not others:
         return ""
     other = next((other for other in others if other.conditions == group.conditions), None)
     if other is None:
         return "not compared: trained under other conditions"
-    differences = paired(group, other)
-    mean = statistics.mean(differences)
-    text = f"{mean:+.2f}"
-    spread = pooled(finished, group)
-    if spread is None:
-        return f"{text}, spread unknown"
-    half = half_interval(spread, len(differences))
-    text += f" ± {half:.2f}" + (" (1 seed)" if len(differences) == 1 else "")
-    return text + ("" if abs(mean) > half else ", too close to call")
+    found = difference(group, other, finished)
+    return f"{found}" + ("" if found.stands_out or found.half is None else ", too close to call")
 
 
 def command(name: str, group: Finished) -> str:
