@@ -225,7 +225,7 @@ def resolve_defaults(
         obstacle = why_no_kernels(device, args.compile)
         if args.cpu_kernels and obstacle:
             began = "the run began with --cpu-kernels, which" if resumed else "--cpu-kernels"
-            raise RunError(f"{began} are not to be had here: {obstacle}")
+            raise RunError(f"{began} are not available here: {obstacle}")
         if args.cpu_kernels is None:
             args.cpu_kernels = not world.max_flag(int(obstacle is not None or not kernels_pay()))
     if args.gpu_kernels:
@@ -289,7 +289,7 @@ def run_epochs(
                     row.update(eval_split="held-out" if args.holdout else "test", eval_top1=scores["top1"])
             tensors, state = trainer.state()
             if world.main:
-                # The folder of the data may be another when the run is resumed, so it is no setting.
+                # The folder of the data may be another when the run is resumed, so it is not a setting.
                 data_dir = args.data_dir and str(Path(args.data_dir).resolve())
                 writer.save(tensors, dict(
                     state, settings=settings, data_dir=data_dir, **args.digests, earlier=args.earlier,

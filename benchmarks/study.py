@@ -147,7 +147,7 @@ class Clock:
 def choose(runs: list[Run], clock: Clock, seconds: float | None) -> tuple[list[Run], list[Run]]:
     """Split ``runs`` into those that fit into ``seconds`` together, in their order, and the rest.
 
-    Where none fits, it is the first: stopped in time it is saved, and gone on with in the next ``seconds``.
+    Where none fits, it is the first: stopped in time it is saved, and resumed in the next ``seconds``.
     """
     if seconds is None:
         return runs, []
@@ -241,7 +241,7 @@ def run_all(names: Sequence[str], args: argparse.Namespace) -> None:
         try:  # before hours of training
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"--{flag} {folder} is no folder and cannot be made one ({error.strerror})") from None
+            raise RunError(f"--{flag} {folder} is not a folder and cannot be made one ({error.strerror})") from None
     read_page(args.docs, args.results)
     runs = [run for run in plan(names, args.epochs, args.seeds) if run.state(args.results, args.runs) != "done"]
     clock = Clock(args.results, args.runs, pick_device(args.device))
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         unknown = sorted(set(args.run or ()) - set(EXPERIMENTS))
         if unknown:
-            raise RunError(f"--run {unknown[0]} is no experiment; --list shows them")
+            raise RunError(f"--run {unknown[0]} is not an experiment; --list shows them")
         if args.budget is not None and not args.budget > 0:  # nor NaN
             raise RunError(f"--budget must be above 0 minutes, got {args.budget:g}")
         if args.list:

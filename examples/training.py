@@ -51,7 +51,7 @@ def train(
     generator = torch.Generator(device).manual_seed(seed)
     batch_size = min(batch_size, len(x))
     model.train()
-    if device.type == "cuda":  # a first step loads and tries kernels, which is no part of the training
+    if device.type == "cuda":  # a first step loads and tries kernels, which is not part of the training
         batch = normalize(x[:batch_size], mean, std)
         F.cross_entropy(copy.deepcopy(model)(batch), y[:batch_size]).backward()
     synchronize(device)
@@ -96,14 +96,14 @@ def statistics_of(data: Dataset, device: torch.device) -> tuple[torch.Tensor, to
 
 
 def check_model(name: str, flag: str, weights: Path | None = None) -> None:
-    """Raise a :class:`RunError` where timm does not know a model ``name``, or its ``weights`` are no file.
+    """Raise a :class:`RunError` where timm does not know a model ``name``, or its ``weights`` are not a file.
 
     Of folders and the Hub timm tells itself.
     """
     if ":" not in name:
         check_models([name], flag)
     if weights and not weights.is_file():
-        raise RunError(f"--weights {weights} is no file")
+        raise RunError(f"--weights {weights} is not a file")
 
 
 def names_weights(name: str) -> bool:

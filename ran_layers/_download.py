@@ -155,7 +155,7 @@ def _explain_one(error: BaseException, repo_id: str, revision: str | None) -> st
     if isinstance(error, json.JSONDecodeError):
         return f"{endpoint} had a server error: its answer is no JSON; try again later"
     if isinstance(error, HFValidationError):
-        return f"{repo_id!r} is no repository name of the form user/name"
+        return f"{repo_id!r} is not a repository name of the form user/name"
     status = getattr(getattr(error, "response", None), "status_code", None)  # of whichever HTTP library
     if isinstance(status, int):
         return _explain_status(getattr(error, "server_message", None) or "", status, repo_id)

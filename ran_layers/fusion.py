@@ -29,6 +29,11 @@ class ClampAct(nn.Module):
 
     Shapes:
         input and output ``(batch, channels, height, width)``.
+
+    Example:
+        >>> clamp = ClampAct(low=torch.tensor([0.0]), high=torch.tensor([6.0]))
+        >>> clamp(torch.tensor([[[[-1.0, 3.0, 9.0]]]])).flatten()
+        tensor([0., 3., 6.])
     """
 
     low: torch.Tensor
@@ -67,7 +72,7 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
         A network of the same class.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: ``torch.fx`` cannot trace it, or it is the result of ``torch.compile``; it is then as it was.
 
     Example:

@@ -13,7 +13,7 @@ from timm.data import create_transform, resolve_data_config
 
 # The centre crop of a network never sees the ends of a longer strip, but resizing them would take gigabytes.
 MAX_ASPECT = 16
-# What often lies beside images and is none: in a folder it is passed over without a word.
+# What often lies beside images and is not an image: in a folder it is silently skipped.
 COMPANIONS = (
     ".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".parquet", ".pt", ".py", ".safetensors", ".txt", ".xml",
     ".yaml", ".yml")
@@ -68,7 +68,7 @@ def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
     """Return the files among ``paths`` and in the folders among them, and one line for each failure.
 
     A folder is walked to its end, in alphabetical order. Every file in it counts, whatever its name, so that a damaged
-    or unknown one is not lost without a word; but hidden files and folders and those in ``COMPANIONS`` do not.
+    or unknown one is not lost silently; but hidden files and folders and those in ``COMPANIONS`` do not.
     """
     files: list[Path] = []
     failures: list[str] = []

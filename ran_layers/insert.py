@@ -30,7 +30,7 @@ class InsertedAttention(nn.Module):
     With ``gamma = 0``, where it starts, this is exactly the identity; with ``gamma = 1`` it is the Attention Module.
     The mask itself cannot give such a start: a sigmoid is never 0, and where it comes near its gradient vanishes. Here
     the first step moves ``gamma``, whose gradient does not vanish, and from the second on everything learns. Where the
-    module overflows, as on maps of some thousands in float16, the outputs are no numbers.
+    module overflows, as on maps of some thousands in float16, the outputs are not numbers.
 
     Shapes:
         input and output ``(batch, channels, height, width)``, or ``(batch, height, width, channels)`` with ``nhwc``.
@@ -39,6 +39,13 @@ class InsertedAttention(nn.Module):
         attention: The module behind the gate; it keeps the shape.
         channels: Channels of the feature map.
         nhwc: Whether the maps have their channels last.
+        device, dtype: Of ``gamma``, as in torch's layers.
+
+    Example:
+        >>> from ran_layers import AttentionModule
+        >>> module, x = InsertedAttention(AttentionModule(64), 64).eval(), torch.randn(1, 64, 8, 8)
+        >>> torch.equal(module(x), x)
+        True
     """
 
     def __init__(
@@ -98,9 +105,9 @@ def insert_attention(
 
     Raises:
         TypeError, ValueError: ``where`` finds no module, or one that cannot be a host: it has an Attention Module
-            already, is not run exactly once, or returns no feature map; ``module_args`` are none of an Attention
-            Module, or the module does not fit (``mask_depth`` too large for the map, a ``trunk`` of other channels);
-            ``model`` is wrapped for several processes. The network is then as it was.
+            already, is not run exactly once, or returns no feature map; ``module_args`` are not those of an
+            Attention Module, or the module does not fit (``mask_depth`` too large for the map, a ``trunk`` of other
+            channels); ``model`` is wrapped for several processes. The network is then as it was.
 
     Example:
         >>> import timm
@@ -154,7 +161,7 @@ def remove_attention(model: nn.Module) -> list[str]:
         The names of the former hosts, in the network's order.
 
     Raises:
-        TypeError, ValueError: ``model`` is no module, or wrapped for several processes.
+        TypeError, ValueError: ``model`` is not a module, or wrapped for several processes.
 
     Example:
         >>> import timm
@@ -179,7 +186,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """Return the network that torch.compile wrapped, or ``model`` itself.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: It is wrapped for several processes, which would train each its own copy of what is new.
     """
     if not isinstance(model, nn.Module):

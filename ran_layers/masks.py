@@ -104,7 +104,7 @@ def attention_modules(model: nn.Module) -> dict[str, AttentionModule]:
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: There is none.
+        ValueError: The network has none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

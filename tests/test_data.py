@@ -60,7 +60,7 @@ def test_parquet_in_any_depth_of_the_layout(tmp_path):
     (dict(labels=[True] * 4), "labels must be in 0..9, found True; fetch the files again"),
     (dict(rows=0), "must be a struct with the field 'bytes', it is null"),
     (dict(column="image"), "must have the columns 'img' and 'label', it has ['image', 'label']"),
-    (dict(image=b"no image"), "an image cannot be decoded (8 bytes that are no image); fetch the files again"),
+    (dict(image=b"no image"), "an image cannot be decoded (8 bytes that are not an image); fetch the files again"),
     (dict(image=b""), "train-00000-of-00001.parquet, row 0: an image cannot be decoded"),
     (dict(image=encoded(Image.new("RGB", (31, 32)), "PNG")), "expected 32x32 images, found 31x32"),
     (dict(image=encoded(NOISE, "PNG")[:-300]), "an image cannot be decoded"),

@@ -222,7 +222,7 @@ def test_later_processes_leave_it_to_the_first_to_tell_errors(monkeypatch, capsy
         cifar.main([*SMALL, "--model", "nothing"])
     assert exit_info.value.code == 2
     assert waited == [3]
-    assert capsys.readouterr().err.startswith("error in process 1: --model nothing is no timm model")
+    assert capsys.readouterr().err.startswith("error in process 1: --model nothing is not a timm model")
 
 
 @pytest.mark.parametrize(("code", "backend", "expected"), [

@@ -113,23 +113,23 @@ def test_finetuning_takes_the_weights_and_slows_early_layers(weights: Path, monk
 
 
 @pytest.mark.parametrize(("example", "args", "message"), [
-    ("finetune", ["--weights", "nowhere.safetensors"], "error: --weights nowhere.safetensors is no file"),
+    ("finetune", ["--weights", "nowhere.safetensors"], "error: --weights nowhere.safetensors is not a file"),
     ("finetune", ["--model", "ran_att452_cifar_orig.cifar100"],
      "error: the package has no weights for ran_att452_cifar_orig.cifar100"),
-    ("finetune", ["--model", "ran_att57_cifar"], "error: --model ran_att57_cifar is no timm model; did"),
+    ("finetune", ["--model", "ran_att57_cifar"], "error: --model ran_att57_cifar is not a timm model; did"),
     ("finetune", ["--lr", "-1"], "argument --lr: must be a number above 0, got '-1'"),
-    ("segmentation", ["--backbone", "nosuch"], "error: --backbone nosuch is no timm model"),
-    ("export_onnx", ["--model", "nosuch"], "error: --model nosuch is no timm model"),
+    ("segmentation", ["--backbone", "nosuch"], "error: --backbone nosuch is not a timm model"),
+    ("export_onnx", ["--model", "nosuch"], "error: --model nosuch is not a timm model"),
     ("finetune", ["--dataset", "cifar100", "--data-dir", "nowhere"],
      "error: no Parquet files of uoft-cs/cifar100 under"),
     ("finetune", ["--images", "-1"], "argument --images: must be at least 1, got -1"),
-    ("finetune", ["--device", "abacus"], "error: --device abacus is not to be had here"),
+    ("finetune", ["--device", "abacus"], "error: --device abacus is not available here"),
     ("finetune", ["--out", "/proc/none/report.json"], "error: --out /proc/none/report.json cannot be written to ("),
     ("resnet18_attention", ["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
-    ("resnet18_attention", ["--device", "abacus"], "error: --device abacus is not to be had here"),
+    ("resnet18_attention", ["--device", "abacus"], "error: --device abacus is not available here"),
     ("segmentation", ["--test-images", "0"], "argument --test-images: must be at least 1, got 0"),
-    ("segmentation", ["--device", "abacus"], "error: --device abacus is not to be had here"),
-    ("export_onnx", ["--weights", "nowhere.safetensors"], "error: --weights nowhere.safetensors is no file"),
+    ("segmentation", ["--device", "abacus"], "error: --device abacus is not available here"),
+    ("export_onnx", ["--weights", "nowhere.safetensors"], "error: --weights nowhere.safetensors is not a file"),
     ("export_onnx", ["--repeats", "0"], "argument --repeats: must be at least 1, got 0"),
 ])
 def test_unusable_arguments(capsys: pytest.CaptureFixture[str], example: str, args: list[str], message: str) -> None:

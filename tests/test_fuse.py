@@ -257,8 +257,8 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_benchmark_names_what_it_cannot_use(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for args, message in (
-            (["--models", "resnet0"], "error: --models resnet0 is no timm model"),
-            (["--device", "abacus"], "error: --device abacus is not to be had here"),
+            (["--models", "resnet0"], "error: --models resnet0 is not a timm model"),
+            (["--device", "abacus"], "error: --device abacus is not available here"),
             (["--rounds", "0"], "argument --rounds: must be at least 1, got 0")):
         with pytest.raises(SystemExit) as exit_info:
             benchmark.main(args)

@@ -231,7 +231,7 @@ def test_what_keeps_the_kernels_for_a_gpu_away(tmp_path, capsys, monkeypatch):
         cifar.main(["--dataset", "digits", "--device", "cpu", "--gpu-kernels", "--out", str(tmp_path / "run")])
     assert exit_info.value.code == 2
     assert capsys.readouterr().err == (
-        "error: --gpu-kernels are not to be had here: they are for NVIDIA GPUs that compute in bfloat16\n")
+        "error: --gpu-kernels are not available here: they are for NVIDIA GPUs that compute in bfloat16\n")
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

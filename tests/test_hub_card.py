@@ -31,7 +31,7 @@ def without(path):
 @pytest.mark.parametrize(("change", "said"), [
     (lambda run: (run / "result.json").unlink(), "has no result.json"),
     (lambda run: (run / "config.json").unlink(), "has no config.json"),
-    (lambda run: (run / "result.json").write_text("{"), "result.json is no valid JSON"),
+    (lambda run: (run / "result.json").write_text("{"), "result.json is not valid JSON"),
     (lambda run: (run / "result.json").write_text("[]"), "result.json must hold a JSON object, got list"),
     (lambda run: edit(run / "result.json", without("final.top1")), "final.top1 (int or float) is missing"),
     (lambda run: edit(run / "result.json", without("final")), "final.top1 (int or float) is missing"),

@@ -228,13 +228,13 @@ def test_layer_arguments_that_are_not_looked_up(tmp_path):
     with pytest.raises(ValueError, match=r"trunk was 'torch.nn.Identity' .* name; pass trunk= to from_pretrained"):
         AttentionModule.from_pretrained(tmp_path, act_layer=OwnAct)
     AttentionModule.from_pretrained(tmp_path, act_layer=OwnAct, trunk=nn.Identity())
-    # A config may not name code to run: not by another module, not by what is no layer.
+    # A config may not name code to run: not by another module, not by what is not a layer.
     for name in ("os.system", "torch.nn.Parameter", "torch.nn.functional.relu", "torch.nn.modules.ReLU"):
         edit(tmp_path / "config.json", lambda config, name=name: config.update(act_layer={"class": name}))
         with pytest.raises(ValueError, match="is not looked up"):
             AttentionModule.from_pretrained(tmp_path, trunk=nn.Identity())
     edit(tmp_path / "config.json", lambda config: config.update(act_layer={"partial": "os.system"}))
-    with pytest.raises(ValueError, match=r"act_layer is no partial of a class in this layer's config\.json"):
+    with pytest.raises(ValueError, match=r"act_layer is not a partial of a class in this layer's config\.json"):
         AttentionModule.from_pretrained(tmp_path, trunk=nn.Identity())
 
 

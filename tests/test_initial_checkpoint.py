@@ -122,7 +122,7 @@ def test_unusable_weights(first, tmp_path, capsys):
     assert "result.json is damaged" in error(capsys, out, "--initial-checkpoint", tmp_path / "other" / first.name)
     pickle = tmp_path / "weights.pt"
     torch.save({"a": torch.ones(1)}, pickle)
-    assert f"{pickle} is no safetensors file" in error(capsys, out, "--initial-checkpoint", pickle)
+    assert f"{pickle} is not a safetensors file" in error(capsys, out, "--initial-checkpoint", pickle)
     message = error(capsys, out, "--initial-checkpoint", first, "--model", "resnet18")
     assert f"--initial-checkpoint {first}: " in message
     assert "it must be of the same --model" in message

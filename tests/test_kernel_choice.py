@@ -55,7 +55,7 @@ def test_obstacles_are_named(monkeypatch, capsys, tmp_path):
     assert "no C++ compiler" in why_no_kernels(CPU, "off")
     with pytest.raises(SystemExit):
         cifar.main(["--dataset", "digits", "--device", "cpu", "--cpu-kernels", "--out", str(tmp_path / "run")])
-    assert "error: --cpu-kernels are not to be had here: there is no C++ compiler" in capsys.readouterr().err
+    assert "error: --cpu-kernels are not available here: there is no C++ compiler" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

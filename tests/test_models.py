@@ -269,7 +269,7 @@ def test_training_step(name):
 
 
 def test_synchronised_norms_keep_their_activations_with_timms_conversion():
-    """As docs/scaling.md says; torch's own conversion drops them, without a word."""
+    """As docs/scaling.md says; torch's own conversion silently drops them."""
     model = timm.create_model("ran_att56_cifar", device="meta")
     for convert, kind in ((timm.layers.convert_sync_batchnorm, "SyncBatchNormAct"),
                           (nn.SyncBatchNorm.convert_sync_batchnorm, "SyncBatchNorm")):

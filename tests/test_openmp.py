@@ -62,7 +62,7 @@ def test_the_time_that_a_container_has(tmp_path, files, expected):
 
 @pytest.mark.parametrize(("environment", "affinity", "expected"), [
     ({}, 8, "2"),
-    ({}, 2, None),  # no more than the quota are to be had
+    ({}, 2, None),  # no more than the quota are available
     ({"OMP_NUM_THREADS": "5"}, 8, "5"),
 ])
 def test_threads_are_no_more_than_the_quota(monkeypatch, environment, affinity, expected):

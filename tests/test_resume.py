@@ -1,4 +1,4 @@
-"""What may be gone on with: checkpoints as they were written, on the same data, in a folder that nobody else has."""
+"""What may be resumed: checkpoints as they were written, on the same data, in a folder that nobody else has."""
 import argparse
 import contextlib
 import json
@@ -60,7 +60,7 @@ def tell(name, value):
     drop("generator"), put("model.other", torch.zeros(1)), put("model.head.fc.bias", torch.full((10,), torch.nan)),
     tell("step", -5), lambda tensors, state: state["settings"].update(lr="big"), lambda tensors, state: state.clear(),
 ])
-def test_an_edited_checkpoint_is_not_gone_on_with(out, capsys, edit):
+def test_an_edited_checkpoint_is_not_resumed(out, capsys, edit):
     path = out / FILE_NAME
     with safe_open(path, framework="pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()

@@ -37,7 +37,7 @@ FAKE = """
 import json, os, pathlib, sys
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if arguments["--model"] == "nothing":
-    sys.exit("error: --model nothing is no timm model")
+    sys.exit("error: --model nothing is not a timm model")
 folder = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 folder.mkdir()
 speeds = [500.0, 40.0, 44.0]  # the first epoch does not count

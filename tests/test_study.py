@@ -283,7 +283,7 @@ def test_runs_what_is_missing_stops_in_time_and_goes_on(tiny, tmp_path, capfd, m
     assert not study.execute(run, args, study.time.monotonic())
     assert not run.result(args.results).exists()
 
-    # One that was stopped after its first step is gone on with.
+    # One that was stopped after its first step is resumed.
     shutil.rmtree(tmp_path / "runs" / run.stem)
     with monkeypatch.context() as patch:
         patch.setattr(cifar.Display, "step", lambda *_: signal.raise_signal(signal.SIGTERM))
@@ -301,7 +301,7 @@ def test_runs_what_is_missing_stops_in_time_and_goes_on(tiny, tmp_path, capfd, m
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (["--run", "nothing"], "--run nothing is no experiment"),
+    (["--run", "nothing"], "--run nothing is not an experiment"),
     (["--all", "--budget", "-1"], "--budget must be above 0 minutes, got -1"),
     (["--all", "--budget", "nan"], "--budget must be above 0 minutes, got nan"),
 ])
@@ -422,7 +422,7 @@ def test_the_page_of_the_repository_is_not_overwritten_from_other_results(tiny, 
              f"error: there are no results in {tmp_path / 'typo'}"),
             (["--run", "tiny-a", "--docs", str(tmp_path / "typo")], "error: --docs must be a folder with results.md"),
             (["--run", "tiny-a", "--results", str(repository), "--docs", str(tmp_path / "docs")],
-             f"error: --results {repository} is no folder")):
+             f"error: --results {repository} is not a folder")):
         with pytest.raises(SystemExit) as exit_info:
             study.main(args)
         assert exit_info.value.code == 2
@@ -451,5 +451,5 @@ def test_summary_takes_the_short_runs_with_most_seeds(tiny, tmp_path, monkeypatc
     changed["settings"]["cpu_kernels"] = True  # not to be compared
     other.write_text(json.dumps(changed))
     (row,) = study_summary.summary(load_results(results)).splitlines()[2:]
-    # sqrt((2 * 4 + 1 * 2) / 3) = 1.83 points from seed to seed, Student's t of 3 degrees of freedom 3.18, two differences.
+    # sqrt((2 * 4 + 1 * 2) / 3) = 1.83 points from seed to seed; Student's t of 3 degrees of freedom is 3.18.
     assert row == "| B against A | **+10.00 ± 5.81** |  | +7.65 (report) |"

@@ -48,4 +48,4 @@ def test_unknown_model(capsys):
     with pytest.raises(SystemExit) as exit_info:
         throughput.main(["--models", "resnet0", "--device", "cpu"])
     assert exit_info.value.code == 2
-    assert "error: --models resnet0 is no timm model" in capsys.readouterr().err
+    assert "error: --models resnet0 is not a timm model" in capsys.readouterr().err

@@ -53,6 +53,6 @@ def check_models(names: list[str], flag: str = "--models") -> None:
     for name in names:
         if not is_model(name):
             similar = difflib.get_close_matches(name, list_models(), n=3)
-            raise RunError(f"{flag} {name} is no timm model"
+            raise RunError(f"{flag} {name} is not a timm model"
                            + (f"; did you mean {' or '.join(similar)}?" if similar else "")
                            + "; see timm.list_models('ran_*') and timm.list_models()")

@@ -1,7 +1,7 @@
 """Checkpoints that survive the machine: one safetensors file, tensors inside, the rest as JSON in its header.
 
 The file is written under a temporary name, flushed to the disk and renamed, so the last good one is always whole. It
-holds a digest of itself, so that one which is not as it was written is not gone on with. Nothing is ever unpickled.
+holds a digest of itself, so that one which is not as it was written is not resumed. Nothing is ever unpickled.
 """
 import contextlib
 import hashlib
@@ -81,7 +81,7 @@ def claim(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise RunError(f"--out {folder} is in use by another process; wait for it, or name another "
                            "folder") from error
-        except OSError:  # some file systems have no locks, which is no reason not to train
+        except OSError:  # some file systems have no locks, which should not keep anybody from training
             pass
         yield
     finally:
@@ -209,7 +209,7 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     Of a checkpoint, those of the network.
 
     Raises:
-        RunError: There is no such file, or it is no safetensors file.
+        RunError: There is no such file, or it is not a safetensors file.
     """
     try:
         content = path.read_bytes()
@@ -219,7 +219,7 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     except OSError as error:
         raise RunError(f"cannot read the weights {path}: {error.strerror}") from error
     except SafetensorError as error:
-        raise RunError(f"{path} is no safetensors file, or a damaged one ({error})") from error
+        raise RunError(f"{path} is not a safetensors file, or a damaged one ({error})") from error
 
 
 def prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

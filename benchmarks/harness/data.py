@@ -226,7 +226,7 @@ def _decode(blob: bytes) -> np.ndarray:
         try:
             image = Image.open(io.BytesIO(blob))
         except UnidentifiedImageError:
-            raise ValueError(f"{len(blob)} bytes that are no image") from None
+            raise ValueError(f"{len(blob)} bytes that are not an image") from None
     if image.size != (32, 32):
         raise ValueError(f"expected 32x32 images, found {image.width}x{image.height}")
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

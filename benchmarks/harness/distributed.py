@@ -93,7 +93,7 @@ def join_world(device_name: str | None) -> tuple[World, torch.device]:
     """Return this process's place among those of ``torchrun``, or a world of one, and the device it trains on.
 
     Raises:
-        RunError: ``device_name`` cannot be had.
+        RunError: ``device_name`` is not available.
     """
     missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
                if name not in os.environ]

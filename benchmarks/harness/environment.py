@@ -27,7 +27,7 @@ def pick_device(name: str | None) -> torch.device:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # what names no device, as the recording of a CUDA graph, goes there too
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RunError(f"--device {name} is not to be had here ({first_line(error)})") from error
+        raise RunError(f"--device {name} is not available here ({first_line(error)})") from error
     if device.type == "meta":
         raise RunError("--device meta has shapes but no numbers; give cpu, cuda, cuda:1, ...")
     return device

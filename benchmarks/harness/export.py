@@ -51,7 +51,7 @@ def load_pretrained(name: str, classes: int) -> Any:
     """Return the timm model ``name`` with its pretrained weights, in evaluation mode.
 
     Raises:
-        RunError: There are none, they cannot be had, or they are for another number of classes.
+        RunError: There are none, they are not available, or they are for another number of classes.
     """
     check_models([name], "--model")
     try:

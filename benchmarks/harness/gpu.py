@@ -41,7 +41,7 @@ def why_no_gpu_kernels(
 def check_gpu_kernels(device: torch.device, *conditions: Any) -> None:
     """Raise a :class:`RunError` where :func:`why_no_gpu_kernels`, which takes the same, says something."""
     if obstacle := why_no_gpu_kernels(device, *conditions):
-        raise RunError(f"--gpu-kernels are not to be had here: {obstacle}")
+        raise RunError(f"--gpu-kernels are not available here: {obstacle}")
 
 
 class HalfWeights:

@@ -68,7 +68,7 @@ DATASET_CHANGES: dict[str, dict[str, Any]] = {
     "digits": dict(epochs=8, batch_size=32, lr=0.05, pad=2, pad_mode="zeros", flip="none"),
 }
 
-# What is no share or no sum that converges beyond.
+# Bounds of what is a share, or a sum that converges.
 _BELOW_ONE = ("momentum", "muon_momentum", "ema_decay", "drop_path")
 _UP_TO_ONE = ("warmup", "label_smoothing", "shift")
 

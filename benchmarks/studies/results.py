@@ -56,7 +56,7 @@ def load_results(folder: Path) -> dict[str, list[Finished]]:
     for file in sorted(folder.glob("*.json")):
         match = FILE.fullmatch(file.name)
         if match is None or match["name"] not in EXPERIMENTS:
-            raise RunError(f"{file} is no result of an experiment of the study; keep it elsewhere")
+            raise RunError(f"{file} is not the result of an experiment of the study; keep it elsewhere")
         name, epochs, seed = match["name"], int(match["epochs"]), int(match["seed"])
         result = load_result(file, name, epochs, seed)
         found[name][epochs, conditions(result)][seed] = result

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if not sys.stderr.isatty():
         disable_progress_bars()
-    logging.set_verbosity_error()  # what is retried is no news; what fails is said below, in one line
+    logging.set_verbosity_error()  # what is retried is not news; what fails is said below, in one line
     try:
         return _push(args) if args.command == "push" else _pull(args)
     except (HubError, ValueError, OSError) as error:

@@ -119,7 +119,7 @@ def write_folder(files: Files, folder: Path) -> Path:
     """
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in FILES) if folder.is_dir() else []
     if foreign:
-        raise FileExistsError(f"{folder} holds {foreign[0]}, which is no file of a push: move the folder away")
+        raise FileExistsError(f"{folder} holds {foreign[0]}, which is not a file of a push: move the folder away")
     with whole_folder(folder) as work:
         for name, content in files.items():
             if isinstance(content, Path):

@@ -43,7 +43,7 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: give the --out folder of a finished training run")
+        raise FileNotFoundError(f"{folder} is not a folder: give the --out folder of a finished training run")
     weights = refuse_pickle(folder)
     config, result = _read_json(folder / "config.json"), _read_json(folder / "result.json")
     model = _field(result, "model", str, folder / "result.json")
@@ -103,7 +103,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{file.parent} has no {file.name}: the training run is not finished") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no valid JSON: {error}") from None
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(record).__name__}")
     return record
@@ -114,7 +114,7 @@ def _check_weights(folder: Path, weights: Path) -> None:
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{weights} is no whole safetensors file: {error}") from None
+        raise ValueError(f"{weights} is not a whole safetensors file: {error}") from None
     except Exception as error:  # whatever timm or the model says about a config it cannot build
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder} does not load with timm: {type(error).__name__}: {reason}") from None

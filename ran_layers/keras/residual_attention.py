@@ -102,7 +102,7 @@ def preprocess_input(x: Any, dataset: str = "cifar10", data_format: str | None =
         A NumPy array for a NumPy array, otherwise a tensor.
 
     Raises:
-        ValueError: ``dataset`` or ``data_format`` is no such name, or the images have not three channels.
+        ValueError: ``dataset`` or ``data_format`` is not such a name, or the images have not three channels.
 
     Example:
         >>> round(float(preprocess_input(np.full((1, 1, 3), 255, "uint8")).max()), 2)

@@ -17,7 +17,7 @@ def check_int(name: str, value: Any, minimum: int) -> int:
     """Return ``value`` if it is an integer of at least ``minimum``.
 
     Raises:
-        TypeError: ``value`` is no integer (a bool is none either).
+        TypeError: ``value`` is not an integer (nor is a bool).
         ValueError: ``value`` is below ``minimum``.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -31,7 +31,7 @@ def check_fraction(name: str, value: Any, *, zero: bool, one: bool) -> float:
     """Return ``value`` if it is a number between 0 and 1; ``zero`` and ``one`` say whether the ends are allowed.
 
     Raises:
-        TypeError: ``value`` is no number.
+        TypeError: ``value`` is not a number.
         ValueError: ``value`` is outside the interval.
     """
     interval = f"in {'[' if zero else '('}0, 1{']' if one else ')'}"
@@ -46,7 +46,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     """Return ``value`` if it is one of ``allowed``.
 
     Raises:
-        TypeError: ``value`` is no string.
+        TypeError: ``value`` is not a string.
         ValueError: ``value`` is another string.
     """
     names = ", ".join(repr(choice) for choice in allowed)
@@ -61,7 +61,7 @@ def check_unit_layer(value: Any, arguments: Iterable[str], positional: Sequence[
     """Return ``value`` if it can be called as the class of a unit, with those ``positional`` and keyword arguments.
 
     Raises:
-        TypeError: It is no layer class, or one that lacks an argument, which the message names.
+        TypeError: It is not a layer class, or one that lacks an argument, which the message names.
         ValueError: It is a partial of one with an argument of its own that it would be called with all the same.
     """
     if not _makes_modules(value):
@@ -125,7 +125,7 @@ def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..
     made_by = getattr(norm_layer, "func", norm_layer)
     if isinstance(made_by, type) and made_by.__module__.partition(".")[0] not in ("torch", "timm"):
         # timm goes by the name of the class, and would take one of its own for it.
-        raise ValueError(f"norm_layer must, if it is no class of torch or timm, be a function that returns a "
+        raise ValueError(f"norm_layer must be a timm name, a class of torch or timm, or a function that returns a "
                          f"normalisation with its activation as .act, got {norm_layer!r}")
     try:
         # timm looks a name up only when the fused layer is built, and takes "" for none at all.
@@ -148,17 +148,22 @@ def resolve_norm_act(norm_layer: LayerType, act_layer: LayerType) -> Callable[..
             raise ValueError(
                 f"norm_layer must take {channels} channels and the arguments {', '.join(kwargs)}, "
                 f"{norm_layer!r} does not ({str(error) or type(error).__name__})") from error
-        if isinstance(norm_layer, FunctionType) and not hasattr(made, "act"):
-            raise ValueError(f"norm_layer must, as a function, return a normalisation with its activation as .act, "
-                             f"as timm has it; {norm_layer.__name__} returns {type(made).__name__}")
-        if type(made).__name__.removesuffix("Fp32") in ("LayerNormAct", "RmsNormAct"):
-            raise ValueError(f"norm_layer must take maps (batch, channels, height, width), as 'layernorm2d' does; "
-                             f"{norm_layer!r} takes channels last")
-        groups = getattr(made, "groups", None)
-        if isinstance(groups, int) and groups and channels % groups:  # which EvoNorm sees when it is too late
-            raise ValueError(f"norm_layer must take {channels} channels, {norm_layer!r} has {groups} groups of them")
+        _check_norm_act(made, norm_layer, channels)
         dd = {name: kwargs[name] for name in ("device", "dtype") if kwargs.get(name) is not None}
         # timm makes the activation without them, and some have parameters.
         return made.to(**dd) if dd else made
 
     return construct
+
+
+def _check_norm_act(made: nn.Module, norm_layer: LayerType, channels: int) -> None:
+    """Raise if what ``norm_layer`` made does not normalise and activate maps of ``channels``, channels first."""
+    if isinstance(norm_layer, FunctionType) and not hasattr(made, "act"):
+        raise ValueError(f"norm_layer must, as a function, return a normalisation with its activation as .act, "
+                         f"as timm has it; {norm_layer.__name__} returns {type(made).__name__}")
+    if type(made).__name__.removesuffix("Fp32") in ("LayerNormAct", "RmsNormAct"):
+        raise ValueError(f"norm_layer must take maps (batch, channels, height, width), as 'layernorm2d' does; "
+                         f"{norm_layer!r} takes channels last")
+    groups = getattr(made, "groups", None)
+    if isinstance(groups, int) and groups and channels % groups:  # which EvoNorm sees when it is too late
+        raise ValueError(f"norm_layer must take {channels} channels, {norm_layer!r} has {groups} groups of them")

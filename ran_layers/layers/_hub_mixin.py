@@ -54,7 +54,7 @@ class HubMixin(PyTorchModelHubMixin):
             "model_card_template": CARD % {"name": cls.__name__},
             **kwargs,
         }
-        # One encoder for every argument: the mixin drops, without a word, those it cannot write as JSON. What it
+        # One encoder for every argument: the mixin silently drops those it cannot write as JSON. What it
         # hands to `_from_pretrained` is decoded there, where the argument's name is known.
         super().__init_subclass__(coders={object: (encode, lambda value: value)}, **kwargs)
 
@@ -99,7 +99,7 @@ class HubMixin(PyTorchModelHubMixin):
         try:
             safetensors.torch.load_model(model, str(weights), strict=strict, device=map_location)
         except safetensors.SafetensorError as error:
-            raise HubError(f"{weights} is no whole safetensors file ({error})") from None
+            raise HubError(f"{weights} is not a whole safetensors file ({error})") from None
         return model.eval()
 
 
@@ -141,7 +141,7 @@ def decode(name: str, value: Any) -> Any:
         try:
             return functools.partial(decode(name, value["partial"]), *args, **kwargs)
         except TypeError as error:
-            raise ValueError(f"{name} is no partial of a class in this layer's config.json ({error})") from None
+            raise ValueError(f"{name} is not a partial of a class in this layer's config.json ({error})") from None
     if value.keys() == {"dtype"} and isinstance(getattr(torch, str(value["dtype"]), None), torch.dtype):
         return getattr(torch, value["dtype"])
     if value.keys() == {"class"}:

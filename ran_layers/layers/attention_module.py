@@ -19,7 +19,7 @@ def check_trunk_shape(trunk: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return the trunk's output if it has the shape of its input ``x``, and so of the mask.
 
     Raises:
-        ValueError: It has another, which the product with the mask might broadcast without a word.
+        ValueError: It has another, which the product with the mask might silently broadcast.
     """
     # Returned, not only checked, so that graph passes which drop unused nodes keep the check.
     if trunk.shape != x.shape:

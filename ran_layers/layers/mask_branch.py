@@ -37,6 +37,10 @@ class MaskActivation(nn.Module):
 
     Raises:
         TypeError, ValueError: ``mask_act`` is none of these.
+
+    Example:
+        >>> MaskActivation("channel")(torch.ones(1, 4, 1, 1)).flatten()
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
 
     def __init__(self, mask_act: str = "mixed") -> None:
@@ -62,6 +66,10 @@ class MaskHead(nn.Sequential):
     """BN, ReLU, 1x1 convolution, twice, then the :class:`MaskActivation`; keeps the channels.
 
     With ``preact=False``, after units that end in their own activation (ResNeXt), the first BN and ReLU fall away.
+
+    Example:
+        >>> list(MaskHead(64, preact=False)._modules)
+        ['conv1', 'norm2', 'conv2', 'act']
     """
 
     def __init__(
@@ -222,10 +230,14 @@ class LocalMaskBranch(nn.Sequential, HubMixin):
     Args:
         channels: Channels of the input and of the mask.
         units: Number of units; 2 in the report.
-        mask_act, unit_layer, act_layer, norm_layer, **unit_args: As in :class:`SoftMaskBranch`.
+        mask_act, unit_layer, act_layer, norm_layer, device, dtype, **unit_args: As in :class:`SoftMaskBranch`.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range; the message names it.
+
+    Example:
+        >>> LocalMaskBranch(64)(torch.zeros(1, 64, 5, 7)).shape
+        torch.Size([1, 64, 5, 7])
     """
 
     def __init__(

@@ -115,6 +115,10 @@ class ResNeXtUnit(nn.Module):
     where channels or resolution change, is a strided 1x1 convolution with BN; ReLU after the sum.
 
     Shapes, arguments and errors as in :class:`ResidualUnit`.
+
+    Example:
+        >>> ResNeXtUnit(64, 128, stride=2)(torch.zeros(2, 64, 16, 16)).shape
+        torch.Size([2, 128, 8, 8])
     """
 
     preact = False

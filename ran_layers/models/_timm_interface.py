@@ -31,7 +31,7 @@ def check_stages(**counts: tuple[Sequence[int], int]) -> None:
     """Check arguments that have an entry for each stage: by name the entries, and the least that each may be.
 
     Raises:
-        TypeError, ValueError: One is no sequence, they are not equally many, there are none, or an entry is no integer
+        TypeError, ValueError: One is not a sequence, they are not equally many or empty, or an entry is not an integer
             or too small.
     """
     for name, (entries, _) in counts.items():
@@ -210,7 +210,7 @@ class StagedNet(nn.Module):
 
 
 def _check_pooling(global_pool: str, num_classes: int) -> None:
-    """Raise if ``global_pool`` is no pooling, or none where there are classes: a linear layer takes no map."""
+    """Raise if ``global_pool`` is not a pooling, or is none where there are classes: a linear layer takes no map."""
     check_choice("global_pool", global_pool, POOLINGS)
     if not global_pool and num_classes:
         raise ValueError(f"global_pool must not be '' for a classifier; give num_classes=0 with it, got {num_classes}")

@@ -35,6 +35,10 @@ class PlainCNN(StagedNet):
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range; the message names it.
+
+    Example:
+        >>> PlainCNN(num_classes=100)(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 100])
     """
 
     def __init__(

@@ -57,6 +57,12 @@ class ResidualAttentionNet(StagedNet):
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range; the message names it.
+
+    Example:
+        >>> net = ResidualAttentionNet(channels=(32, 64), modules=(1, 1), closing_units=(0, 2), mask_depths=(2, 1),
+        ...                            stem_chs=16, stem_type="3x3", num_classes=10)
+        >>> net(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
 
     def __init__(

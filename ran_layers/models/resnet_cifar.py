@@ -22,6 +22,11 @@ class ResNetCifar(ResNet):
 
     Shapes:
         input ``(batch, in_chans, height, width)``; logits ``(batch, num_classes)``.
+
+    Example:
+        >>> from timm.models.resnet import BasicBlock
+        >>> ResNetCifar(BasicBlock, (1, 1, 1, 1), num_classes=10)(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
 
     def __init__(

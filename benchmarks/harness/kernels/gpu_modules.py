@@ -64,7 +64,7 @@ def use_gpu_kernels(model: nn.Module, full: dict[nn.Parameter, nn.Parameter] | N
             module.kernel_zeros = zeros
             for conv in module.children():
                 if isinstance(conv, nn.Conv2d):
-                    # In a list, since it is no parameter of the layer.
+                    # In a list, since it is not a parameter of the layer.
                     conv.full = [(full or {}).get(conv.weight, conv.weight)]
     if not any(isinstance(module, _Fused) for module in model.modules()):
         raise RunError("--gpu-kernels: this network has no residual unit, mask head or mask that they take")

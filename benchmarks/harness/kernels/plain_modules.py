@@ -34,7 +34,7 @@ def has_plain_gate(
 
 
 def ends_in_gate(module: AttentionModule) -> bool:
-    """Whether nothing is behind the sigmoid of the mask, or looks at it: that shall see the mask."""
+    """Whether nothing is behind the sigmoid of the mask, or looks at it: that is to see the mask."""
     mask = module.mask
     return (are_unobserved(mask, mask.head, mask.head.act) and list(mask.head._modules)[-1] == "act"
             and list(mask._modules)[-1] == "head")
