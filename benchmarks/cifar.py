@@ -32,7 +32,15 @@ from harness.checkpoint import FILE_NAME, CheckpointWriter, claim, load_checkpoi
 from harness.data import Dataset, corrupt_labels, load_dataset
 from harness.display import Display, count, duration, show_plan
 from harness.distributed import World, join_world, leave_world
-from harness.environment import command_line, hardware, keep_freed_memory, pick_device, synchronize, versions
+from harness.environment import (
+    command_line,
+    default_compile_mode,
+    hardware,
+    keep_freed_memory,
+    pick_device,
+    synchronize,
+    versions,
+)
 from harness.errors import RunError, one_line_errors
 from harness.evaluate import evaluate
 from harness.export import export_model, load_exported, load_pretrained
@@ -217,8 +225,7 @@ def resolve_defaults(
     settings, machine = resumed.get("settings", {}), resumed.get("machine", {})
     if machine and machine["hardware"]["device"] == device.type:
         args.compile = args.compile or machine["compile"]
-    # oneDNN's own kernels are as fast as compiled ones on a CPU.
-    args.compile = args.compile or ("units" if device.type == "cuda" else "off")
+    args.compile = args.compile or default_compile_mode(device)
     if args.cpu_kernels is None:
         args.cpu_kernels = settings.get("cpu_kernels")
     if args.cpu_kernels is not False:

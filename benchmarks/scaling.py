@@ -20,7 +20,7 @@ import torch
 
 from harness.arguments import Parser, positive
 from harness.checkpoint import write_json
-from harness.environment import command_line, hardware, pick_device, versions
+from harness.environment import command_line, hardware, launcher, pick_device, versions
 from harness.errors import RunError, one_line_errors
 
 SCRIPT = Path(__file__).parent / "cifar.py"
@@ -46,12 +46,10 @@ def measure(form: dict[str, Any], args: argparse.Namespace, device: torch.device
     Raises:
         RunError: The training failed.
     """
-    launcher = [sys.executable]
-    if form["processes"] > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(form["processes"])]
     with TemporaryDirectory() as folder:
         done = subprocess.run(
-            [*launcher, str(SCRIPT), "--dataset", "digits", "--model", args.model, "--device", device.type,
+            [*launcher(form["processes"]), str(SCRIPT), "--dataset", "digits", "--model", args.model,
+             "--device", device.type,
              "--recipe", args.recipe, "--epochs", str(args.epochs), "--batch-size", str(args.batch_size),
              "--limit", str(args.limit), "--resolutions", "--sync-bn" if form["sync_bn"] else "--no-sync-bn",
              "--out", f"{folder}/run"],

@@ -36,10 +36,10 @@ import ran_layers  # noqa: F401  (registers the networks with timm)
 from harness.arguments import Parser, positive
 from harness.checkpoint import FILE_NAME, load_checkpoint
 from harness.display import duration
-from harness.environment import hardware, machine, pick_device
+from harness.environment import hardware, launcher, machine, pick_device
 from harness.errors import RunError, one_line_errors
 from harness.evaluate import count_macs
-from harness.kernels.cpu_kernels import kernels_pay, why_no_kernels
+from harness.kernels.cpu_kernels import chooses_kernels
 from harness.precision import pick_precision
 from studies.experiments import EXPERIMENTS, TABLES, Experiment
 from studies.report import read_page, write_report
@@ -108,8 +108,7 @@ def common_precision(device: torch.device) -> str:
 
     Left to itself it picks another for other networks, on some processors, and runs in two precisions are not compared.
     """
-    kernels = why_no_kernels(device, "units" if device.type == "cuda" else "off") is None and kernels_pay()
-    return pick_precision(device, create_model("ran_att56_cifar"), kernels)
+    return pick_precision(device, create_model("ran_att56_cifar"), chooses_kernels(device))
 
 
 class Clock:
@@ -171,10 +170,7 @@ def execute(run: Run, args: argparse.Namespace, deadline: float | None) -> bool:
         RunError: The training failed.
     """
     out = args.runs / run.stem
-    launcher = [sys.executable]
-    if args.nproc > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
-    command = [*launcher, str(HERE / "cifar.py"), *run.experiment.arguments(), "--epochs", str(run.epochs),
+    command = [*launcher(args.nproc), str(HERE / "cifar.py"), *run.experiment.arguments(), "--epochs", str(run.epochs),
                "--seed", str(run.seed), "--out", str(out)]
     for flag in ("data_dir", "device"):
         if getattr(args, flag):

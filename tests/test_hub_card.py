@@ -46,7 +46,7 @@ def without(path):
     (lambda run: edit(run / "config.json", lambda c: c.update(model_args={})), "does not load with timm"),
     (lambda run: (run / "model.safetensors").unlink(), "has no model.safetensors"),
     (lambda run: (run / "model.safetensors").rename(run / "pytorch_model.bin"), "only pytorch_model.bin: a pickle can"),
-    (lambda run: (run / "model.safetensors").write_bytes(b"cut"), "is no whole safetensors file"),
+    (lambda run: (run / "model.safetensors").write_bytes(b"cut"), "is not a whole safetensors file"),
     (lambda run: edit(run / "result.json", lambda r: r.update(command="HF_TOKEN=hf_" + "a" * 34)), "access token"),
 ], ids=lambda value: value if isinstance(value, str) else "run")
 def test_runs_that_are_refused(hub, run_dir, cli, change, said):

@@ -22,7 +22,7 @@ from harness.result import selection
 
 @pytest.mark.parametrize(("args", "message"), [
     (["--model", "resnet0"], "--model resnet0 is not a timm model"),
-    (["--model", "ran_att_56_cifar"], "is no timm model; did you mean ran_att56_cifar or "),
+    (["--model", "ran_att_56_cifar"], "is not a timm model; did you mean ran_att56_cifar or "),
     (["--model-kwargs", "depth"], "--model-kwargs must be KEY=VALUE with VALUE as JSON, got depth"),
     (["--model-kwargs", "depth=3"], "--model plain_cnn8_cifar with {'depth': 3}"),
     (["--device", "abacus"], "--device abacus is not available here"),

@@ -352,8 +352,8 @@ def test_a_result_of_another_run_is_not_taken(tiny, tmp_path, capsys):
     ("tiny-a-8ep-seed1.json", "null", "is damaged"),
     ("tiny-a-8ep-seed1.json", json.dumps(result(20.0, 8, "tiny-a", 0)), "is of another run than tiny-a, seed 1, 8 ep"),
     ("tiny-a-60ep-seed0.json", json.dumps(result(20.0, 8, "tiny-a", 0)), "is of another run than tiny-a, seed 0, 60"),
-    ("tiny-a-8ep-seed0 (1).json", "{}", "is no result of an experiment of the study"),
-    ("tiny-c-8ep-seed0.json", "{}", "is no result of an experiment of the study"),
+    ("tiny-a-8ep-seed0 (1).json", "{}", "is not the result of an experiment of the study"),
+    ("tiny-c-8ep-seed0.json", "{}", "is not the result of an experiment of the study"),
 ])
 @pytest.mark.parametrize("action", [["--list"], ["--report"], ["--run", "tiny-b"]], ids=lambda action: action[0])
 def test_damaged_and_foreign_results_are_named(tiny, tmp_path, capsys, action, name, text, message):

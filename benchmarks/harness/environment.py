@@ -3,6 +3,7 @@ import ctypes
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,17 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "meta":
         raise RunError("--device meta has shapes but no numbers; give cpu, cuda, cuda:1, ...")
     return device
+
+
+def default_compile_mode(device: torch.device) -> str:
+    """Return what of a network is compiled where nobody says it."""
+    return "units" if device.type == "cuda" else "off"  # oneDNN's own kernels are as fast as compiled ones on a CPU
+
+
+def launcher(processes: int) -> list[str]:
+    """Return the beginning of a command that runs a script in so many processes."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(several if processes > 1 else [])]
 
 
 def synchronize(device: torch.device) -> None:

@@ -17,11 +17,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
 from harness.compiling import compile_model
-from harness.environment import synchronize
+from harness.environment import default_compile_mode, synchronize
 from harness.errors import RunError, first_line
 from harness.evaluate import count_macs
 from harness.gpu import HalfWeights, Replayed
-from harness.kernels.cpu_kernels import kernels_pay, why_no_kernels
+from harness.kernels.cpu_kernels import chooses_kernels
 from harness.precision import pick_precision
 from harness.recipes import Recipe, make_optimizer
 from harness.trainer import Trainer
@@ -133,8 +133,7 @@ class Harness(Case):
         rows, shape = max(ROWS, self.batch_size), self.model.pretrained_cfg["input_size"]
         images = torch.randint(256, (rows, *shape[1:], shape[0]), dtype=torch.uint8)
         labels = torch.randint(10, (rows,))
-        compile_mode = "units" if device.type == "cuda" else "off"
-        kernels = why_no_kernels(device, compile_mode) is None and kernels_pay()
+        compile_mode, kernels = default_compile_mode(device), chooses_kernels(device)
         self.precision = pick_precision(device, model, kernels)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
         self.trainer = Trainer(

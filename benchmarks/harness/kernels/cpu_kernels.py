@@ -23,6 +23,7 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 
 from harness.distributed import gather
+from harness.environment import default_compile_mode
 
 SOURCES = Path(__file__).parent / "cpu"
 # The OpenMP runtime is left open: it is torch's own, whose threads are there already, that the loader finds.
@@ -51,6 +52,11 @@ def why_no_kernels(device: torch.device, compile_mode: str) -> str | None:
     if compile_mode != "off":
         return "--compile makes kernels of its own"
     return None if library() else "there is no C++ compiler, or its OpenMP is not torch's"
+
+
+def chooses_kernels(device: torch.device) -> bool:
+    """Whether a training takes the kernels where nobody says it."""
+    return why_no_kernels(device, default_compile_mode(device)) is None and kernels_pay()
 
 
 @functools.cache
