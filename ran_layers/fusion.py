@@ -119,6 +119,7 @@ def _fold_into_previous(conv: Any, norm: Any) -> nn.Module:
     """Put ``norm`` into the convolution in front of it; return its activation."""
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    conv.bias.requires_grad_(conv.weight.requires_grad)
     return getattr(norm, "act", nn.Identity())
 
 
@@ -141,9 +142,9 @@ def _fold_into_next(norm: Any, convs: list[Any]) -> nn.Module:
     high = torch.where(cut & (scale < 0), bound, torch.inf).masked_fill(off, 0)
 
     for conv in convs:
-        bias = conv.weight.flatten(1) @ shift
-        conv.bias = nn.Parameter(bias if conv.bias is None else conv.bias + bias)
-        conv.weight = nn.Parameter(conv.weight * scale.view(1, -1, 1, 1))
+        bias, trained = conv.weight.flatten(1) @ shift, conv.weight.requires_grad
+        conv.bias = nn.Parameter(bias if conv.bias is None else conv.bias + bias, trained)
+        conv.weight = nn.Parameter(conv.weight * scale.view(1, -1, 1, 1), trained)
     return ClampAct(low, high)
 
 

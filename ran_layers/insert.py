@@ -1,7 +1,7 @@
 """Attention Modules inside somebody else's network: put them in, and take them out again.
 
 `Residual Attention Network for Image Classification` - https://arxiv.org/abs/1704.06904
-`Going deeper with Image Transformers` (LayerScale, the form of the gate) - https://arxiv.org/abs/2103.17239
+`Going deeper with Image Transformers` (LayerScale) - https://arxiv.org/abs/2103.17239
 """
 import difflib
 import sys
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ._eager import force_eager
 from .layers import AttentionModule
 from .masks import evaluating
 
@@ -25,7 +26,7 @@ PROBE_SIZE = 224  # pixels of the image that finds the channel counts, for netwo
 
 
 class InsertedAttention(nn.Module):
-    """An Attention Module behind a gate: ``x + gamma * (attention(x) - x)``, with one ``gamma`` per channel.
+    """An Attention Module with a layer scale: ``x + gamma * (attention(x) - x)``, with one ``gamma`` per channel.
 
     With ``gamma = 0``, where it starts, this is exactly the identity; with ``gamma = 1`` it is the Attention Module.
     The mask itself cannot give such a start: a sigmoid is never 0, and where it comes near its gradient vanishes. Here
@@ -36,7 +37,7 @@ class InsertedAttention(nn.Module):
         input and output ``(batch, channels, height, width)``, or ``(batch, height, width, channels)`` with ``nhwc``.
 
     Args:
-        attention: The module behind the gate; it keeps the shape.
+        attention: The module that is scaled; it keeps the shape.
         channels: Channels of the feature map.
         nhwc: Whether the maps have their channels last.
         device, dtype: Of ``gamma``, as in torch's layers.
@@ -148,7 +149,9 @@ def insert_attention(
         module.train(hosts[name].training)
         host = hosts[name]
         if not isinstance(host, nn.Sequential):  # a Sequential runs its children by itself
-            module.hook = host.register_forward_hook(_attend)
+            # Before other hooks, so that timm's extractors and who else looks at the output see what the network goes
+            # on with.
+            module.hook = host.register_forward_hook(_attend, prepend=True)
         host.add_module(CHILD, module)
     _forget_compiled_graphs()
     return list(inserted)
@@ -242,16 +245,26 @@ def _find_hosts(model: nn.Module, where: Where) -> dict[str, nn.Module]:
             raise ValueError(
                 f"{name!r} is a container ({type(host).__name__}) that runs its children in its own way, where a new "
                 f"child would be in the way; name a module before or after it")
+        levels = [level for level in _feature_levels(model) if level.startswith(f"{name}.")]
+        if len(levels) > 1 and type(host).forward is nn.Sequential.forward:
+            raise ValueError(
+                f"{name!r} holds the feature levels {', '.join(levels)}, which {type(model).__name__} counts, or runs "
+                f"one by one past a new child; name the last of them")
     return {name: modules[name] for name in modules if name in names}
+
+
+def _feature_levels(model: nn.Module) -> list[str]:
+    """Return the names of the modules that give a timm model's feature maps, none for other networks."""
+    info: Any = getattr(model, "feature_info", None) or ()
+    return info.module_name() if hasattr(info, "module_name") else [level["module"] for level in info]
 
 
 def _stage_names(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """Return the names of the modules behind a timm model's feature levels."""
-    info: Any = getattr(model, "feature_info", None)
-    if not info:
+    levels = _feature_levels(model)
+    if not levels:
         raise ValueError(
             f"where='stages' needs a timm model with feature_info, which {type(model).__name__} has not; name modules")
-    levels = info.module_name() if hasattr(info, "module_name") else [level["module"] for level in info]
     # timm's feature extractors write 'stages.0' as 'stages_0', or hold the whole network as 'model' or 'body'.
     def forms(level: str) -> tuple[str, ...]:
         return level, level.replace(".", "_"), level.replace(".", "_", 1), f"model.{level}", f"body.{level}"
@@ -321,7 +334,7 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 def _uncompiled() -> AbstractContextManager[Any]:
     """In it, what is compiled runs as it was written. Where nothing can be, torch's compiler is not even imported."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    return force_eager() if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _run_wide(

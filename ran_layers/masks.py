@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ._eager import force_eager
 from .layers import AttentionModule
 
 
@@ -44,7 +45,7 @@ def record_masks(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         raise ValueError("model must not be in nn.DataParallel, whose replicas share the masks; pass its .module")
     with ExitStack() as stack:
         # A compiled graph takes no notice of hooks that were registered after it was made.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(force_eager())
         for name, module in modules.items():
             stack.enter_context(module.mask.register_forward_hook(partial(keep, name)))
         yield masks

@@ -309,3 +309,11 @@ def test_volumes_are_left_as_they_are():
     net = nn.Sequential(nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8)).eval()
     x = torch.randn(1, 3, 5, 5, 5)
     torch.testing.assert_close(ran_layers.fuse(net)(x), net(x))
+
+
+def test_what_is_frozen_stays_frozen():
+    model = timm.create_model("ran_att56_cifar")
+    model.stages[0].requires_grad_(False)
+    fused = ran_layers.fuse(model)
+    assert not any(param.requires_grad for param in fused.stages[0].parameters())
+    assert all(param.requires_grad for param in fused.stages[2].parameters())

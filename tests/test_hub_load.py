@@ -263,8 +263,19 @@ def test_layer_folders_that_are_refused(tmp_path):
     with pytest.raises(HubError, match=r"in config.json or beside it, that are none of AttentionModule \(.*'foo'\)"):
         AttentionModule.from_pretrained(tmp_path, foo=1)
     (tmp_path / "model.safetensors").write_bytes(b"cut")
-    with pytest.raises(HubError, match="no whole safetensors file"):
+    with pytest.raises(HubError, match="not a whole safetensors file"):
         AttentionModule.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="a pickle can run any code"):
         AttentionModule.from_pretrained(tmp_path)
+
+
+def test_a_repository_named_beside_weights_in_the_package(hub):
+    for overlay in ({"hf_hub_id": "alice/nonesuch"}, {"hf_hub_id": "alice/nonesuch", "num_classes": 10}):
+        with pytest.raises(HubError, match="there is no repository alice/nonesuch"):
+            timm.create_model("ran_att56_cifar", pretrained=True, pretrained_cfg_overlay=overlay)
+    with pytest.raises(Exception, match=r"refused|urlopen"):
+        timm.create_model("ran_att56_cifar", pretrained=True, pretrained_cfg_overlay={"url": "http://127.0.0.1:9/a.pth"})
+    expected = timm.create_model("ran_att56_cifar", pretrained=True).eval()(IMAGES)
+    own = timm.create_model("ran_att56_cifar", pretrained=True, pretrained_cfg_overlay={"crop_pct": 0.9}).eval()(IMAGES)
+    assert torch.equal(own, expected)

@@ -413,3 +413,18 @@ def test_autocast_changes_neither_outputs_nor_parameters() -> None:
         assert inserted(torch.randn(2, 512, 2, 2).bfloat16()).dtype is torch.bfloat16
         assert torch.equal(model(x), before)
     assert {parameter.dtype for parameter in inserted.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["xception41", "convnext_atto", "ran_att56_cifar"])
+def test_levels_that_hooks_collect_have_their_modules_in_them(name: str) -> None:
+    model = timm.create_model(name, features_only=True, feature_cls="hook")
+    hosts = insert_attention(model, "stages", example_input=torch.zeros(1, 3, 64, 64))
+    sum(feature.square().mean() for feature in model(torch.randn(2, 3, 64, 64))).backward()
+    assert [host for host in hosts if model.get_submodule(host).inserted_attention.gamma.grad is None] == []
+
+
+@pytest.mark.parametrize(("name", "host"), [("efficientnet_b0", "blocks"), ("ran_att56_cifar", "stages")])
+def test_a_sequence_of_all_levels_is_refused(name: str, host: str) -> None:
+    model = timm.create_model(name)
+    with pytest.raises(ValueError, match=rf"'{host}' holds the feature levels {host}\..*; name the last of them"):
+        insert_attention(model, [host])

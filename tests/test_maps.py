@@ -1,4 +1,6 @@
 """Masks recorded from a forward pass, of our networks and of any other."""
+import copy
+
 import pytest
 import timm
 import torch
@@ -178,3 +180,24 @@ def test_wrong_arguments_are_named(small):
 def test_exported_at_the_top():
     assert ran_layers.attention_maps is attention_maps
     assert {"attention_maps", "record_masks"} <= set(ran_layers.__all__)
+
+
+def test_recordings_that_overlap_leave_the_compiler_as_it_was(small):
+    other = nn.Sequential(AttentionModule(8)).eval()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    network, x = torch.compile(copy.deepcopy(small), backend=backend), torch.randn(1, 3, 20, 20)
+    first, second = record_masks(small), record_masks(other)
+    first.__enter__()
+    second.__enter__()
+    network(x)
+    first.__exit__(None, None, None)
+    network(x)
+    assert compiled == []
+    second.__exit__(None, None, None)
+    network(x)
+    assert compiled

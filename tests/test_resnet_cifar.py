@@ -1,4 +1,5 @@
 """ResNet-18 for CIFAR, the baseline: timm's network behind another stem."""
+import pytest
 import timm
 import torch
 
@@ -25,3 +26,15 @@ def test_configuration_and_classifier():
     assert dict(model.named_modules())[model.pretrained_cfg["first_conv"]].weight.shape == (64, 3, 3, 3)
     model.reset_classifier(0, "")
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 512, 4, 4)
+
+
+@pytest.mark.parametrize("stride", [2, 4, 8])
+def test_the_output_stride_is_the_one_asked_for(stride):
+    model = timm.create_model("resnet18_cifar", output_stride=stride)
+    assert model.forward_features(torch.randn(1, 3, 64, 64)).shape == (1, 512, 64 // stride, 64 // stride)
+    assert model.feature_info[-1]["reduction"] == stride
+
+
+def test_an_output_stride_that_it_cannot_have():
+    with pytest.raises(ValueError, match="output_stride must be 2, 4 or 8, got 32"):
+        timm.create_model("resnet18_cifar", output_stride=32)

@@ -22,6 +22,11 @@ def safetensors_only(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> 
         return kwargs
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+    if cfg.source != "local-dir" and overlay.keys() & {"hf_hub_id", "url"} and not overlay.keys() & {
+            "file", "state_dict"}:
+        # The file in the package is not what the user names; timm would take it all the same.
+        overlay = {**overlay, "file": None}
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
     if cfg.source == "local-dir":
         path = refuse_pickle(Path(str(cfg.file)))
     elif cfg.source == "hf-hub" or (cfg.hf_hub_id and not (cfg.state_dict or cfg.file)):
@@ -32,6 +37,6 @@ def safetensors_only(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> 
         path = download_weights(
             repo_id, filename=filename, revision=revision or None, cache_dir=kwargs.get("cache_dir"))
     else:
-        return kwargs
+        return {**kwargs, "pretrained_cfg_overlay": overlay}
     found = {"source": None, "file": str(path), "state_dict": None, "custom_load": False}
     return {**kwargs, "pretrained_cfg_overlay": {**overlay, **found}}

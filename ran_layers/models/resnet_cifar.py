@@ -23,6 +23,13 @@ class ResNetCifar(ResNet):
     Shapes:
         input ``(batch, in_chans, height, width)``; logits ``(batch, num_classes)``.
 
+    Args:
+        block, layers, in_chans, device, dtype, **kwargs: As in timm's ``ResNet``.
+        output_stride: How much smaller the last stage's map is than the image: 8, 4 or 2, by dilated convolutions.
+
+    Raises:
+        ValueError: ``output_stride`` is another, or there is an argument for the stem that this network has not.
+
     Example:
         >>> from timm.models.resnet import BasicBlock
         >>> ResNetCifar(BasicBlock, (1, 1, 1, 1), num_classes=10)(torch.zeros(1, 3, 32, 32)).shape
@@ -30,13 +37,18 @@ class ResNetCifar(ResNet):
     """
 
     def __init__(
-            self, block: Any, layers: Any, *, in_chans: int = 3, device: Any = None, dtype: Any = None, **kwargs: Any,
+            self, block: Any, layers: Any, *, in_chans: int = 3, output_stride: int = 8, device: Any = None,
+            dtype: Any = None, **kwargs: Any,
     ) -> None:
+        if output_stride not in (2, 4, 8):
+            raise ValueError(f"output_stride must be 2, 4 or 8, got {output_stride!r}")
         if kwargs.get("stem_type"):
             raise ValueError(f"stem_type must be '', the 3x3 stem of this network, got {kwargs['stem_type']!r}")
         if kwargs.get("replace_stem_pool"):
             raise ValueError("replace_stem_pool must be False: the stem of this network has no pooling")
-        super().__init__(block, layers, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
+        # timm counts from its own stem, which reduces the image to a quarter.
+        super().__init__(block, layers, in_chans=in_chans, output_stride=4 * output_stride, device=device, dtype=dtype,
+                         **kwargs)
         net: Any = self  # timm declares these attributes as what its own stems make them
         net.conv1 = nn.Conv2d(in_chans, net.conv1.out_channels, 3, 1, 1, bias=False, device=device, dtype=dtype)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
