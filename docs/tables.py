@@ -80,7 +80,7 @@ def shipped_weights() -> str:
     if throughput:
         text += ("\n\nImages/s at the largest batch size measured: "
                  f"`{throughput['command']}` on {machine(throughput['hardware'])}, see "
-                 "[its page](training.md#speed).")
+                 "[Speed](speed.md).")
     return f"{text}\n\nTrained by\n\n```text\n{commands}\n```\n\n{_corruptions(robustness)}"
 
 
