@@ -9,7 +9,7 @@
     python benchmarks/cifar.py --eval-only --out DIR       # the accuracy of a finished run
     python benchmarks/cifar.py --eval-only --model NAME    # ... of the weights that timm has under a name
 """
-from harness import ctrl_c, openmp  # noqa: F401  (before torch: Ctrl-C ends at once; what OpenMP reads is set)
+from harness import ctrl_c, extras, openmp  # noqa: F401  (before torch, see there)
 
 # isort: split
 import argparse
@@ -17,9 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,6 +96,9 @@ def train(
         settings["initial_checkpoint"] = resumed[1]["settings"].get("initial_checkpoint")
         args.earlier = resumed[1].get("earlier", [])
     check_folder(out, settings, resumed[1] if resumed else None)
+    if resumed and args.deterministic and not resumed[1].get("deterministic", False):
+        raise RunError(f"--resume: the run in {out} began without --deterministic; leave it out, or start again in "
+                       "another --out")
 
     with world.main_first() if args.data_dir is None else contextlib.nullcontext():
         data = load_dataset(args.dataset, args.data_dir)
@@ -140,6 +141,7 @@ def train(
         compile_seconds=compile_seconds)
     if resumed and trainer.step == trainer.total_steps:  # nothing is left to train on this one
         args.machine = resumed[1].get("machine", args.machine)
+        args.eval_every = resumed[1].get("eval_every", args.eval_every)
     elif world.main and resumed and (change := other_machine(args.machine["hardware"], resumed[1])):
         print(f"resumed on another machine ({change}): equal to an undisturbed run but for rounding", flush=True)
     price = None
@@ -164,8 +166,9 @@ def train(
         images_per_s=trainer.total_steps * recipe.batch_size / sum(row["seconds"] for row in trainer.epochs),
         **args.machine, command=args.command, selection=selection(args.holdout, recipe, trainer.epochs))
     try:
-        export_model(trainer.averaged, out, model.model_kwargs)
-        write_result(out, data, result, device, autocast)
+        with ctrl_c.all_as_ctrl_c():
+            export_model(trainer.averaged, out, model.model_kwargs)
+            write_result(out, data, result, device, autocast)
     except KeyboardInterrupt:
         print("trained, but stopped before the result was written; that is done by: "
               f"{command_to_resume(args, out, world.size)}", flush=True)
@@ -268,8 +271,9 @@ def run_epochs(
         args: argparse.Namespace, trainer: Trainer, out: Path, settings: dict[str, Any], watched: Split) -> int:
     """Train to the end with a checkpoint each epoch, or to the first signal; return that signal or 0."""
     world, stopped = trainer.world, 0
+    received: list[int] = []
     trainer.model.train()
-    with received_signals() as received, CheckpointWriter(out) as writer, Display(
+    with ctrl_c.handled_by(lambda number, _: received.append(number)), CheckpointWriter(out) as writer, Display(
             trainer.recipe.epochs, trainer.steps_per_epoch, trainer.recipe.batch_size, trainer.step,
             work=trainer.work, quiet=not world.main, wait=lambda: synchronize(trainer.device)) as display:
         while trainer.step < trainer.total_steps and not stopped:
@@ -305,23 +309,6 @@ def run_epochs(
             if row:
                 display.epoch(row)  # after its checkpoint: there may be nobody to print to any more
     return stopped
-
-
-@contextlib.contextmanager
-def received_signals() -> Iterator[list[int]]:
-    """Collect the signals that ask the process to end, which it does not by itself within the block."""
-    received: list[int] = []
-    numbers = {signal.SIGINT, signal.SIGTERM}
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-        numbers.add(signal.SIGHUP)
-    before = {
-        number: signal.signal(number, lambda signal_number, _: received.append(signal_number)) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            if handler is not None:  # what did not come from Python cannot be put back by it
-                signal.signal(number, handler)
 
 
 def eval_only(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@
 Four forms of each network take turns, so that whatever else the machine does meets all of them alike; a speedup is
 the median over the rounds of the time of the plain network over the form's in the same round.
 """
-from harness import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
+from harness import ctrl_c, openmp  # noqa: F401  (before torch, see there)
 
 # isort: split
 import argparse
@@ -23,7 +23,7 @@ import torch.nn as nn
 
 import ran_layers
 from harness.arguments import Parser, check_models, positive
-from harness.checkpoint import write_json
+from harness.checkpoint import check_out, write_json
 from harness.environment import command_line, hardware, pick_device, synchronize, versions
 from harness.errors import RunError, one_line_errors
 from harness.precision import exact_float32
@@ -90,6 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line_errors():
         device = pick_device(args.device)
+        if args.out:
+            check_out(args.out / "fuse.json")
         exact_float32()
         results = measure_all(args, device)
         if args.out:

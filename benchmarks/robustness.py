@@ -6,7 +6,7 @@
 Three strengths of each corruption, with the parameters of severities 1, 3 and 5 of CIFAR-10-C (Hendrycks and
 Dietterich, 2019).
 """
-from harness import openmp  # noqa: F401  (sets what OpenMP reads when torch loads it)
+from harness import ctrl_c, extras, openmp  # noqa: F401  (before torch, see there)
 
 # isort: split
 import argparse
@@ -26,7 +26,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 import ran_layers
 from harness.arguments import Parser, positive
-from harness.checkpoint import write_json
+from harness.checkpoint import check_out, write_json
 from harness.data import DATASETS, SPECS, read_split
 from harness.environment import command_line, hardware, pick_device, versions
 from harness.errors import RunError, first_line, one_line_errors
@@ -122,6 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line_errors():
         device = pick_device(args.device)
+        if args.out:
+            check_out(args.out / "robustness.json")
         exact_float32()
         names = args.models or timm.list_pretrained("ran_*")
         results = [measure(name, args.data_dir, args.rows, device) for name in names]

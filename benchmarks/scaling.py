@@ -6,6 +6,9 @@
 The forms take turns, so that whatever else the machine does meets all of them alike. The speed of a run is that of
 its fastest epoch after the first; of a form, the median of its runs.
 """
+from harness import ctrl_c  # before torch, see there
+
+# isort: split
 import argparse
 import json
 import os
@@ -19,7 +22,7 @@ from typing import Any
 import torch
 
 from harness.arguments import Parser, positive
-from harness.checkpoint import write_json
+from harness.checkpoint import check_out, write_json
 from harness.environment import command_line, hardware, launcher, pick_device, versions
 from harness.errors import RunError, one_line_errors
 
@@ -78,8 +81,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.epochs < 2:
         parser.error(f"--epochs must be at least 2, got {args.epochs}")
-    with one_line_errors():
+    with one_line_errors(), ctrl_c.all_as_ctrl_c():  # no training outlives this process
         device = pick_device(args.device)
+        if args.out:
+            check_out(args.out / "scaling.json")
         rows = [dict(form, runs=[]) for form in forms(args.processes, device)]
         for _ in range(args.rounds):
             for row in rows:

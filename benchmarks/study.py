@@ -11,7 +11,7 @@ Experiments are rows of `studies/experiments.py`. Each run is one call of `cifar
 if it was interrupted, and is never run again once its result lies in --results: by default benchmarks/results/study,
 where those of other machines lie, which are compared with none of yours if they were trained in another way.
 """
-from harness import ctrl_c  # noqa: F401  (first of all)
+from harness import ctrl_c, extras  # noqa: F401  (before torch, see there)
 
 # isort: split
 import argparse
@@ -182,19 +182,16 @@ def execute(run: Run, args: argparse.Namespace, deadline: float | None) -> bool:
             command += ["--precision", args.precision or common_precision(pick_device(args.device))]
         child = subprocess.Popen(command)
         stopped = False
-        # As Ctrl-C: the training must not outlive this process.
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            child.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
-            # The training saves itself; Ctrl-C in a terminal has reached it already.
-            stopped = True
-            child.send_signal(signal.SIGTERM)
-            child.wait()
-            if isinstance(reason, KeyboardInterrupt):
-                raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        with ctrl_c.all_as_ctrl_c():  # the training must not outlive this process
+            try:
+                child.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+                # The training saves itself; Ctrl-C in a terminal has reached it already.
+                stopped = True
+                child.send_signal(signal.SIGTERM)
+                child.wait()
+                if isinstance(reason, KeyboardInterrupt):
+                    raise
         if stopped:
             return False
         if child.returncode:

@@ -2,11 +2,13 @@
 
     python benchmarks/survive.py --kills 20 --out benchmarks/results
 """
+from harness import ctrl_c  # before torch, see there
+
+# isort: split
 import argparse
 import hashlib
 import json
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 
 from harness.arguments import Parser, positive
-from harness.checkpoint import FILE_NAME, write_json
+from harness.checkpoint import FILE_NAME, check_out, write_json
 from harness.display import duration
 from harness.environment import command_line, hardware, versions
 from harness.errors import RunError, one_line_errors
@@ -53,23 +55,25 @@ def survive(kills: int, epochs: int, limit: int, seed: int, folder: Path) -> dic
         resume = ["--resume"] if (out / FILE_NAME).is_file() else []
         started = time.monotonic()
         child = subprocess.Popen([*common, "--out", str(out), *resume], stdout=subprocess.PIPE, text=True)
-        if len(moments) == kills:
-            child.communicate()
-            break
-        # After a random number of epochs a random part of the next; before the first, of the start too.
-        after = rng.randrange(furthest + 1)
-        pause = rng.random() * (epoch_seconds if after else start_seconds + epoch_seconds)
-        assert child.stdout is not None
-        ended = (line.startswith("epoch ") for line in child.stdout)
-        while after and (is_epoch := next(ended, None)) is not None:
-            after -= is_epoch
         try:
+            if len(moments) == kills:
+                child.communicate()
+                break
+            # After a random number of epochs a random part of the next; before the first, of the start too.
+            after = rng.randrange(furthest + 1)
+            pause = rng.random() * (epoch_seconds if after else start_seconds + epoch_seconds)
+            assert child.stdout is not None
+            ended = (line.startswith("epoch ") for line in child.stdout)
+            while after and (is_epoch := next(ended, None)) is not None:
+                after -= is_epoch
             child.wait(pause)
             break
         except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
+            child.kill()
             moments.append(round(time.monotonic() - started, 2))
+        finally:
+            child.kill()  # nothing, where it is over
+            child.wait()
     if child.returncode:
         raise RunError(f"the training failed after {len(moments)} kills; see above")
     if len(moments) < kills:
@@ -92,7 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="folder for survive.json")
     args = parser.parse_args(argv)
-    with one_line_errors():
+    with one_line_errors(), ctrl_c.all_as_ctrl_c():  # no training outlives this process
+        if args.out:
+            check_out(args.out / "survive.json")
         with tempfile.TemporaryDirectory() as folder:
             result = survive(args.kills, args.epochs, args.limit, args.seed, Path(folder))
         print(f"{result['kills']} kills, the same weights as the undisturbed training of "

@@ -13,7 +13,7 @@ Cases, all in one process and in turn, so that a machine whose speed drifts is f
 Training goes from the stored image to the optimiser's step. Forward is the network alone in evaluation mode, on a batch
 that is on the device; in the harness's form on a GPU compiled and recorded too.
 """
-from harness import ctrl_c, openmp  # noqa: F401  (before torch: Ctrl-C ends at once; what OpenMP reads is set)
+from harness import ctrl_c, extras, openmp  # noqa: F401  (before torch, see there)
 
 # isort: split
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from harness.arguments import Parser, check_models, positive, positive_number
-from harness.checkpoint import write_atomic, write_json
+from harness.checkpoint import check_out, write_atomic, write_json
 from harness.display import duration
 from harness.environment import command_line, hardware, keep_freed_memory, machine, pick_device, synchronize, versions
 from harness.errors import one_line_errors
@@ -54,6 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line_errors():
         check_models(args.models)
+        plot = args.plot or (args.out and args.out / "throughput.png")
+        for flag, file in (("--out", args.out and args.out / "throughput.json"), ("--plot", plot)):
+            if file:
+                check_out(file, flag)
         # First of all: forked workers share this process's memory, which it then writes to in copies.
         loaders = {batch_size: load(batch_size, args.size) for batch_size in args.batch_sizes}
         time.sleep(0.5)  # they fill their queues
@@ -66,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         print_table(result)
         if args.out:
             write_json(args.out / "throughput.json", result)
-        if plot := args.plot or (args.out and args.out / "throughput.png"):
+        if plot:
             write_atomic(plot, draw(result))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from training import (
@@ -21,6 +22,7 @@ from training import (
     accuracy,
     check_model,
     check_out,
+    first_line,
     load_dataset,
     one_line_errors,
     pick_device,
@@ -39,7 +41,10 @@ def run(pretrained: bool, data: Dataset, args: argparse.Namespace) -> float:
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     overlay: dict[str, Any] = {"file": str(args.weights)} if args.weights else {}
-    model = timm.create_model(args.model, pretrained=pretrained, pretrained_cfg_overlay=overlay)
+    try:
+        model = timm.create_model(args.model, pretrained=pretrained, pretrained_cfg_overlay=overlay)
+    except (RuntimeError, SafetensorError) as error:
+        raise RunError(f"--weights {args.weights} are not those of {args.model} ({first_line(error)})") from error
     model.reset_classifier(len(data.class_names))
     model.to(device)
     # The groups carry an lr_scale, which timm's schedulers apply; torch's would not.
@@ -66,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=positive, default=20)
     parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--lr", type=positive_number, default=2e-3)
-    parser.add_argument("--layer-decay", type=float, default=0.7)
+    parser.add_argument("--layer-decay", type=positive_number, default=0.7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, default=Path("runs/finetune.json"))

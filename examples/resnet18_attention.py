@@ -97,6 +97,7 @@ def compare(args: argparse.Namespace) -> None:
     if min(args.images, args.batch_size) < 2:
         raise RunError("--images and --batch-size must be at least 2: the last maps have one pixel, of which batch "
                        "normalisation needs more")
+    args.seeds = list(dict.fromkeys(args.seeds))
     runs = [run(attention, seed, data, args) for seed in args.seeds for attention in (False, True)]
     pairs = list(zip(runs[::2], runs[1::2]))  # without attention and with it, of one seed
     gains = [100 * (b["accuracy"] - a["accuracy"]) for a, b in pairs]

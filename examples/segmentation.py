@@ -13,8 +13,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from training import (
+    RunError,
     check_model,
     check_out,
+    first_line,
     load_dataset,
     names_weights,
     one_line_errors,
@@ -99,7 +101,7 @@ def segment(args: argparse.Namespace) -> None:
     """Train, and write the mean intersection over union.
 
     Raises:
-        RunError: There is no such device, or the report cannot be written.
+        RunError: There is no such backbone or device, or the report cannot be written.
     """
     check_model(args.backbone, "--backbone")
     torch.manual_seed(0)
@@ -112,6 +114,12 @@ def segment(args: argparse.Namespace) -> None:
     test = list(zip(images.split(32), targets.split(32)))
 
     model = Segmenter(args.backbone).to(device)
+    try:
+        with torch.no_grad():
+            model.eval()(images[:1].to(device))
+    except (AssertionError, RuntimeError) as error:  # a network of one input size, or whose features are no maps
+        raise RunError(f"--backbone {args.backbone} gives no feature maps of {SIDE}x{SIDE} images "
+                       f"({first_line(error)})") from error
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 1)
     for step in range(args.steps):

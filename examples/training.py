@@ -1,9 +1,6 @@
-"""What the examples share: the loaders of `benchmarks/`, one epoch of training, and accuracy."""
+"""What the examples share: the loaders of `benchmarks/`, a short training, and accuracy."""
 import copy
-import errno
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from harness.arguments import check_models, positive, positive_number
 from harness.augment import crop_flip, normalize
-from harness.checkpoint import write_json
+from harness.checkpoint import check_out, write_json
 from harness.data import Dataset, load_dataset
 from harness.environment import hardware, pick_device, synchronize, versions
-from harness.errors import RunError, one_line_errors
+from harness.errors import RunError, first_line, one_line_errors
 
 __all__ = [
     "Dataset",
@@ -26,6 +23,7 @@ __all__ = [
     "accuracy",
     "check_model",
     "check_out",
+    "first_line",
     "load_dataset",
     "names_weights",
     "one_line_errors",
@@ -109,22 +107,6 @@ def check_model(name: str, flag: str, weights: Path | None = None) -> None:
 def names_weights(name: str) -> bool:
     """Whether a model's name says which weights: it has a tag, or is that of a folder or on the Hub."""
     return "." in name or ":" in name
-
-
-def check_out(path: Path) -> None:
-    """Find out before the training whether the report can be written to ``path``.
-
-    Raises:
-        RunError: It cannot.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=path.parent):  # as the report is written: beside it, and then renamed
-            pass
-    except OSError as error:
-        raise RunError(f"--out {path} cannot be written to ({error.strerror}); name another file") from error
 
 
 def write_report(path: Path, device: torch.device, **figures: Any) -> None:

@@ -12,7 +12,8 @@ sys.path.insert(0, str(BENCHMARKS))
 from harness import ctrl_c  # noqa: E402
 
 
-@pytest.mark.parametrize("script", ["cifar.py", "study.py", "throughput.py"])
+@pytest.mark.parametrize("script", [
+    "cifar.py", "study.py", "throughput.py", "robustness.py", "fuse.py", "scaling.py", "survive.py"])
 def test_while_torch_is_imported(script):
     # Who runs tests in the background may have the signal ignored, which a child would inherit.
     allowed = ("import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "

@@ -122,6 +122,9 @@ def test_finetuning_takes_the_weights_and_slows_early_layers(weights: Path, monk
     ("export_onnx", ["--model", "nosuch"], "error: --model nosuch is not a timm model"),
     ("finetune", ["--dataset", "cifar100", "--data-dir", "nowhere"],
      "error: no Parquet files of uoft-cs/cifar100 under"),
+    ("finetune", ["--layer-decay", "nan"], "argument --layer-decay: must be a number above 0, got 'nan'"),
+    ("segmentation", ["--backbone", "vit_tiny_patch16_224", "--test-images", "2"],
+     "error: --backbone vit_tiny_patch16_224 gives no feature maps of 64x64 images"),
     ("finetune", ["--images", "-1"], "argument --images: must be at least 1, got -1"),
     ("finetune", ["--device", "abacus"], "error: --device abacus is not available here"),
     ("finetune", ["--out", "/proc/none/report.json"], "error: --out /proc/none/report.json cannot be written to ("),
@@ -214,3 +217,12 @@ def test_a_backbone_is_trained_where_its_name_has_weights() -> None:
     for name, trained in (("ran_att56_cifar.cifar10", True), ("ran_att56_cifar", False)):
         stem = next(iter(segmenter(name).backbone.parameters()))
         assert any(torch.equal(stem, value) for value in weights.values()) is trained
+
+
+def test_weights_of_another_network(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        import_module("finetune").main(["--model", "ran_att56_cifar", "--weights", str(weights), "--device", "cpu"])
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --weights {weights} are not those of ran_att56_cifar (")
+    assert error.count("\n") == 1

@@ -1,4 +1,5 @@
 """The command line of `cifar.py`: what it refuses, in one line, before anything is written, and what flags mean."""
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -135,3 +136,15 @@ def test_networks_with_tokens_are_taken():
     model = timm.create_model("test_vit3", img_size=32, num_classes=10)
     assert count_macs(model, 32) > 0
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_is_not_installed_is_said_at_once(monkeypatch, capsys):
+    from harness import extras
+
+    assert extras.missing() == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else name)
+    with pytest.raises(SystemExit) as exit_info:
+        importlib.reload(extras)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == (
+        'error: scikit-learn must be installed: in the repository, pip install -e ".[bench]"\n')

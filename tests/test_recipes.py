@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from test_cifar import run
 
 from harness.data import corrupt_labels
+from harness.errors import RunError
 from harness.recipes import RECIPES, Recipe, make_optimizer, make_recipe
 from harness.trainer import Trainer
 
@@ -45,6 +46,13 @@ def test_muon_leaves_the_first_convolution_and_the_classifier_to_sgd():
     assert {id(model.stem.conv.weight), id(model.head.fc.weight), id(model.head.fc.bias)} <= left
     assert {id(p) for p in muon["params"]} | left == {id(p) for p in model.parameters()}
     assert not {id(p) for p in muon["params"]} & left
+
+
+def test_muon_refuses_a_network_that_has_nothing_for_it():
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1)
+    with pytest.raises(RunError, match="this network has none; give --optimizer sgd or adam"):
+        make_optimizer(make_recipe("best", "cifar10", {}), vit)
+    assert make_optimizer(make_recipe("best", "cifar10", {"optimizer": "adam"}), vit)
 
 
 def test_flips():

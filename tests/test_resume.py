@@ -19,7 +19,7 @@ from test_cifar import fails, run
 from test_data import NOISE, encoded, write_parquet
 from test_recipes import make_trainer
 
-from harness import export, trainer
+from harness import ctrl_c, export, trainer
 from harness.checkpoint import FILE_NAME, CheckpointWriter, claim, load_checkpoint
 from harness.errors import RunError
 from harness.recipes import make_recipe
@@ -280,16 +280,42 @@ def test_interrupted_in_the_last_evaluation(tmp_path, monkeypatch, capsys):
     assert told.strip().endswith(f"--out {tmp_path} --resume")
 
 
-def test_hangup_saves_unless_it_is_ignored():
-    if not hasattr(signal, "SIGHUP"):
-        pytest.skip("there are no hangups on this system")
-    before = signal.getsignal(signal.SIGHUP)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_what_asks_to_end_is_heard_unless_it_is_ignored(name):
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip(f"there is no {name} on this system")
+    before = signal.getsignal(number)
     try:
         for handler in (signal.SIG_DFL, signal.SIG_IGN):
-            signal.signal(signal.SIGHUP, handler)
-            with cifar.received_signals() as received:
-                signal.raise_signal(signal.SIGHUP)
-                assert received == ([signal.SIGHUP] if handler == signal.SIG_DFL else [])
-            assert signal.getsignal(signal.SIGHUP) == handler
+            signal.signal(number, handler)
+            received = []
+            with ctrl_c.handled_by(lambda got, _, received=received: received.append(got)):
+                signal.raise_signal(number)
+            assert received == ([number] if handler == signal.SIG_DFL else [])
+            assert signal.getsignal(number) == handler
+            if handler == signal.SIG_DFL:
+                with pytest.raises(KeyboardInterrupt), ctrl_c.all_as_ctrl_c():
+                    signal.raise_signal(number)
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
+
+
+def test_the_command_to_resume_is_for_the_folder_one_is_in(tmp_path, monkeypatch):
+    args = argparse.Namespace(argv=["--out", "run"])
+    monkeypatch.chdir(Path(cifar.__file__).parents[1])
+    assert command_to_resume(args, Path("run"), 1) == "python benchmarks/cifar.py --out run --resume"
+    monkeypatch.chdir(tmp_path)
+    script = Path(command_to_resume(args, Path("run"), 1).split()[1])
+    assert script.is_absolute()
+    assert script.samefile(cifar.__file__)
+
+
+def test_what_a_run_began_without_is_not_said_of_it(tmp_path, capsys):
+    run("--epochs", "1", "--out", tmp_path)
+    assert f"--resume: the run in {tmp_path} began without --deterministic; leave it out" in fails(
+        capsys, "--epochs", "1", "--out", tmp_path, "--resume", "--deterministic")
+    run("--epochs", "1", "--out", tmp_path, "--resume", "--eval-every", "1")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["eval_every"] == 0
+    assert "eval_top1" not in result["epochs"][0]

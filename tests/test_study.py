@@ -350,6 +350,7 @@ def test_a_result_of_another_run_is_not_taken(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("tiny-a-8ep-seed1.json", "{", "is damaged"),
     ("tiny-a-8ep-seed1.json", "null", "is damaged"),
+    ("tiny-a-8ep-seed1.json", json.dumps({**result(20.0, 8, "tiny-a", 1), "processes": [1]}), "is damaged"),
     ("tiny-a-8ep-seed1.json", json.dumps(result(20.0, 8, "tiny-a", 0)), "is of another run than tiny-a, seed 1, 8 ep"),
     ("tiny-a-60ep-seed0.json", json.dumps(result(20.0, 8, "tiny-a", 0)), "is of another run than tiny-a, seed 0, 60"),
     ("tiny-a-8ep-seed0 (1).json", "{}", "is not the result of an experiment of the study"),

@@ -4,6 +4,7 @@ The file is written under a temporary name, flushed to the disk and renamed, so 
 holds a digest of itself, so that one which is not as it was written is not resumed. Nothing is ever unpickled.
 """
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +29,24 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FILE_NAME = "checkpoint.safetensors"
+
+
+def check_out(path: Path, flag: str = "--out") -> None:
+    """Find out before hours of work whether its result can be written to the file ``path``.
+
+    Raises:
+        RunError: It cannot; the message names ``flag``.
+    """
+    try:
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):  # as the result is written: beside it, and then renamed
+            pass
+    except OSError as error:
+        raise RunError(f"{flag} {path} cannot be written to ({error.strerror}); name another file") from error
 
 
 def write_atomic(path: Path, content: bytes) -> None:

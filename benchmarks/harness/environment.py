@@ -67,11 +67,14 @@ def keep_freed_memory() -> None:
 
 
 def command_line(
-        script: str, argv: Sequence[str], *, processes: int = 1,
+        script: str, argv: Sequence[str], *, processes: int = 1, folder: str = "benchmarks",
         without: Sequence[str] = ("--out", "--plot", "--data-dir", "--resume")) -> str:
-    """Return the command to repeat a measurement, ``without`` the flags that say only where files lie."""
+    """Return the command to repeat a measurement, ``without`` the flags that say only where files lie.
+
+    It is for the repository's root, or wherever the scripts' ``folder`` is.
+    """
     words, kept = ["torchrun", "--nproc-per-node", str(processes)] if processes > 1 else ["python"], True
-    for word in (f"benchmarks/{script}", *argv):
+    for word in (f"{folder}/{script}", *argv):
         if word.startswith("--"):
             kept = word.partition("=")[0] not in without
         if kept:

@@ -100,6 +100,8 @@ def make_recipe(name: str, dataset: str, overrides: dict[str, Any]) -> Recipe:
     if len(recipe.resolutions) % 2:
         raise RunError(f"--resolutions must be pairs of fraction and pixels, got {recipe.resolutions}")
     fractions, pixels = (*recipe.milestones, *recipe.resolutions[::2]), recipe.resolutions[1::2]
+    if any(side % 1 for side in pixels):
+        raise RunError(f"--resolutions must have whole numbers of pixels, got {recipe.resolutions}")
     if not all(0 <= fraction <= 1 for fraction in fractions) or not all(1 <= n < math.inf for n in pixels):
         raise RunError("--milestones and --resolutions must have fractions from 0 to 1 and at least 1 pixel, got "
                        f"{recipe.milestones} and {recipe.resolutions}")
@@ -147,6 +149,9 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
     With Muon it is for those that Muon orthogonalises: not for the first convolution and the classifier.
 
+    Raises:
+        RunError: The optimiser is Muon, and the network has nothing for it.
+
     Each group's ``base_lr`` is what the schedule scales.
     """
     optimizer = _make_optimizer(recipe, model)
@@ -159,6 +164,9 @@ def _make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     if recipe.optimizer == "muon":
         # As its authors advise, the first convolution and the classifier stay with SGD.
         convs = [p for p in model.parameters() if p.ndim == 4][1:]
+        if not convs:
+            raise RunError("--optimizer muon orthogonalises the weights of convolutions beyond the first, of which "
+                           "this network has none; give --optimizer sgd or adam, and an --lr for it")
         chosen = {id(p) for p in convs}
         rest = [p for p in model.parameters() if id(p) not in chosen]
         return Muon([

@@ -53,8 +53,11 @@ def other_machine(hardware: dict[str, Any], state: dict[str, Any]) -> str | None
 
 
 def command_to_resume(args: argparse.Namespace, out: Path, processes: int) -> str:
-    """Return the command that goes on with the run in ``out``, as a shell takes it."""
-    command = command_line("cifar.py", args.argv, processes=processes, without=())
+    """Return the command that goes on with the run in ``out``, as a shell takes it in this folder."""
+    scripts = Path(__file__).resolve().parents[1]
+    here = Path.cwd()
+    folder = scripts.relative_to(here) if scripts.is_relative_to(here) else scripts
+    command = command_line("cifar.py", args.argv, processes=processes, folder=folder.as_posix(), without=())
     flags = {word.partition("=")[0] for word in args.argv}
     for flag, addition in (("--resume", " --resume"), ("--out", f" --out {shlex.quote(str(out))}")):
         command += addition if flag not in flags else ""

@@ -78,7 +78,7 @@ def load_result(file: Path, name: str, epochs: int, seed: int) -> dict[str, Any]
         settings = result["settings"]
         found = [result["model"], result["dataset"], result["recipe"], settings["epochs"], result["seed"],
                  settings["model_kwargs"]]
-        conditions(result)
+        hash(conditions(result))
         rounds = len(result["epochs"])
         # What the tables and the estimates of time read later.
         figures = [float(result[key]) for key in ("params", "macs", "images_per_s")] + [float(result["final"]["error"])]
