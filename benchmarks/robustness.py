@@ -25,7 +25,7 @@ from PIL import Image
 from torchvision.transforms.functional import gaussian_blur
 
 import ran_layers
-from harness.arguments import Parser, positive
+from harness.arguments import Parser, check_models, positive
 from harness.checkpoint import check_out, write_json
 from harness.data import DATASETS, SPECS, read_split
 from harness.environment import command_line, hardware, pick_device, versions
@@ -82,6 +82,8 @@ def measure(name: str, data_dir: str | None, rows: int | None, device: torch.dev
     Raises:
         RunError: There are no such weights, or they are for another data set than CIFAR.
     """
+    if ":" not in name:  # of folders and the Hub timm tells itself
+        check_models([name], "--models")
     try:
         model = timm.create_model(name, pretrained=True).eval().to(device, memory_format=torch.channels_last)
     except Exception as error:  # timm and safetensors have many names for a missing or damaged file

@@ -35,7 +35,7 @@ from timm import create_model
 import ran_layers  # noqa: F401  (registers the networks with timm)
 from harness.arguments import Parser, positive
 from harness.checkpoint import FILE_NAME, load_checkpoint
-from harness.display import duration
+from harness.display import count, duration
 from harness.environment import hardware, launcher, machine, pick_device
 from harness.errors import RunError, one_line_errors
 from harness.evaluate import count_macs
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f"{self.name}, seed {self.seed}, {self.epochs} epochs"
+        return f"{self.name}, seed {self.seed}, {count(self.epochs, 'epoch')}"
 
     @property
     def stem(self) -> str:
@@ -219,7 +219,7 @@ def list_experiments(args: argparse.Namespace) -> None:
                 others[group.epochs] += len(group.results)
             for epochs, there in sorted(others.items()):
                 if epochs != runs[0].epochs:
-                    text += f"; {there} of {epochs} epochs{' (short)' if epochs < full else ''}"
+                    text += f"; {there} of {count(epochs, 'epoch')}{' (short)' if epochs < full else ''}"
             published = f"  [{row.published.source}: {row.published.error:.2f} %]" if row.published else ""
             print(f"  {row.experiment:<28} {text}{published}")
 

@@ -20,7 +20,7 @@ import torch
 
 from harness.arguments import Parser, positive
 from harness.checkpoint import FILE_NAME, check_out, write_json
-from harness.display import duration
+from harness.display import count, duration
 from harness.environment import command_line, hardware, versions
 from harness.errors import RunError, one_line_errors
 
@@ -75,13 +75,13 @@ def survive(kills: int, epochs: int, limit: int, seed: int, folder: Path) -> dic
             child.kill()  # nothing, where it is over
             child.wait()
     if child.returncode:
-        raise RunError(f"the training failed after {len(moments)} kills; see above")
+        raise RunError(f"the training failed after {count(len(moments), 'kill')}; see above")
     if len(moments) < kills:
-        raise RunError(f"the training was over after {len(moments)} of {kills} kills; give more --epochs")
+        raise RunError(f"the training was over after {len(moments)} of {count(kills, 'kill')}; give more --epochs")
     digests = [hashlib.sha256((folder / name / "model.safetensors").read_bytes()).hexdigest()
                for name in ("undisturbed", "killed")]
     if digests[0] != digests[1]:
-        raise RunError(f"after {len(moments)} kills the weights differ from the undisturbed training's")
+        raise RunError(f"after {count(len(moments), 'kill')} the weights differ from the undisturbed training's")
     return dict(
         kills=len(moments), killed_after_seconds=moments, undisturbed_seconds=round(lasted, 1), model_sha256=digests,
         hardware=hardware(torch.device("cpu")), versions=versions())
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             check_out(args.out / "survive.json")
         with tempfile.TemporaryDirectory() as folder:
             result = survive(args.kills, args.epochs, args.limit, args.seed, Path(folder))
-        print(f"{result['kills']} kills, the same weights as the undisturbed training of "
+        print(f"{count(result['kills'], 'kill')}, the same weights as the undisturbed training of "
               f"{duration(result['undisturbed_seconds'])}")
         if args.out:
             command = command_line("survive.py", sys.argv[1:] if argv is None else argv)

@@ -266,7 +266,7 @@ def test_budget_picks_what_fits(tiny, tmp_path):
 
 def test_runs_what_is_missing_stops_in_time_and_goes_on(tiny, tmp_path, capfd, monkeypatch):
     study.main(["--run", "tiny-a", "--epochs", "1", "--seeds", "0", *tiny])
-    assert "tiny-a, seed 0, 1 epochs" in capfd.readouterr().out
+    assert "tiny-a, seed 0, 1 epoch" in capfd.readouterr().out
     (saved,) = (tmp_path / "results").glob("*.json")
     assert saved.name == "tiny-a-1ep-seed0.json"
     before = saved.read_bytes()
@@ -297,7 +297,7 @@ def test_runs_what_is_missing_stops_in_time_and_goes_on(tiny, tmp_path, capfd, m
     assert run.state(args.results, args.runs) == "done"
     assert set(load_results(args.results)) == {"tiny-a", "tiny-b"}
     study.main(["--list", *tiny])
-    assert "tiny-a                       0 of 2 runs of 8 epochs; 1 of 1 epochs (short)" in capfd.readouterr().out
+    assert "tiny-a                       0 of 2 runs of 8 epochs; 1 of 1 epoch (short)" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(("args", "message"), [
@@ -328,12 +328,12 @@ def test_a_result_of_another_run_is_not_taken(tiny, tmp_path, capsys):
     own = result(20.0, 1, "tiny-b", 3)
     for other, message in (
             ({"model": "plain_cnn8_cifar"}, "is damaged"),
-            (dict(own, seed=4), "is of another run than tiny-b, seed 3, 1 epochs;"),
-            (dict(own, settings=dict(own["settings"], lr=0.2)), "tiny-b, seed 3, 1 epochs (lr);"),
-            (dict(own, settings=dict(own["settings"], label_noise=0.1)), "tiny-b, seed 3, 1 epochs (label_noise);"),
-            (dict(own, settings=dict(own["settings"], cutmix=1.0)), "tiny-b, seed 3, 1 epochs (cutmix);"),
-            (dict(own, settings=dict(own["settings"], initial_checkpoint="ab")), "1 epochs (initial_checkpoint);"),
-            (dict(own, epochs=[]), "tiny-b, seed 3, 1 epochs (0 epochs are recorded);"),
+            (dict(own, seed=4), "is of another run than tiny-b, seed 3, 1 epoch;"),
+            (dict(own, settings=dict(own["settings"], lr=0.2)), "tiny-b, seed 3, 1 epoch (lr);"),
+            (dict(own, settings=dict(own["settings"], label_noise=0.1)), "tiny-b, seed 3, 1 epoch (label_noise);"),
+            (dict(own, settings=dict(own["settings"], cutmix=1.0)), "tiny-b, seed 3, 1 epoch (cutmix);"),
+            (dict(own, settings=dict(own["settings"], initial_checkpoint="ab")), "1 epoch (initial_checkpoint);"),
+            (dict(own, epochs=[]), "tiny-b, seed 3, 1 epoch (0 epochs are recorded);"),
             (dict(own, final={"error": float("nan")}), "is damaged"),
             ({key: value for key, value in own.items() if key != "macs"}, "is damaged")):
         (folder / "result.json").write_text(json.dumps(other))

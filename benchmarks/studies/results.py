@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.display import count
 from harness.environment import machine
 from harness.errors import RunError
 from harness.options import parse_args
@@ -72,7 +73,7 @@ def load_result(file: Path, name: str, epochs: int, seed: int) -> dict[str, Any]
     Raises:
         RunError: The file is damaged, or of another run, as where it was copied or renamed.
     """
-    run = f"{name}, seed {seed}, {epochs} epochs"
+    run = f"{name}, seed {seed}, {count(epochs, 'epoch')}"
     try:
         result = json.loads(file.read_text())
         settings = result["settings"]
