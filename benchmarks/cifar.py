@@ -49,7 +49,7 @@ from harness.options import check_eval_only, parse_args
 from harness.precision import exact_float32, pick_precision
 from harness.recipes import Recipe, make_recipe
 from harness.result import earlier_runs, print_final, selection, write_result
-from harness.resume import check_data, check_folder, command_to_resume, other_machine, saved_arguments
+from harness.resume import check_data, check_folder, command_to_resume, other_hardware, saved_arguments
 from harness.trainer import Trainer
 
 Split = tuple[torch.Tensor, torch.Tensor]  # images and labels
@@ -142,8 +142,9 @@ def train(
     if resumed and trainer.step == trainer.total_steps:  # nothing is left to train on this one
         args.machine = resumed[1].get("machine", args.machine)
         args.eval_every = resumed[1].get("eval_every", args.eval_every)
-    elif world.main and resumed and (change := other_machine(args.machine["hardware"], resumed[1])):
-        print(f"resumed on another machine ({change}): equal to an undisturbed run but for rounding", flush=True)
+    elif world.main and resumed and (change := other_hardware(args.machine["hardware"], resumed[1])):
+        print(f"resumed with other hardware or threads ({change}): equal to an undisturbed run but for rounding",
+              flush=True)
     price = None
     if args.deterministic and trainer.replayed:
         price = price_of_determinism(model, trainer.empty_batches()[-1][0], autocast)

@@ -50,16 +50,21 @@ def measure(form: dict[str, Any], args: argparse.Namespace, device: torch.device
         RunError: The training failed.
     """
     with TemporaryDirectory() as folder:
-        done = subprocess.run(
+        with subprocess.Popen(
             [*launcher(form["processes"]), str(SCRIPT), "--dataset", "digits", "--model", args.model,
              "--device", device.type,
              "--recipe", args.recipe, "--epochs", str(args.epochs), "--batch-size", str(args.batch_size),
              "--limit", str(args.limit), "--resolutions", "--sync-bn" if form["sync_bn"] else "--no-sync-bn",
              "--out", f"{folder}/run"],
             env={**os.environ, "OMP_NUM_THREADS": str(form["threads"])}, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no message"]
+            stderr=subprocess.PIPE, text=True) as child:
+            try:
+                _, said = child.communicate()
+            except BaseException:
+                child.terminate()  # which torchrun passes on, where SIGKILL would leave its processes
+                raise
+        if child.returncode:
+            lines = said.strip().splitlines() or ["no message"]
             told = [line for line in lines if line.startswith("error")]  # torchrun adds a page of its own
             raise RunError(f"the training with {form['processes']} processes failed: {(told or lines)[-1]}")
         result = json.loads((Path(folder) / "run" / "result.json").read_text())

@@ -180,9 +180,9 @@ def execute(run: Run, args: argparse.Namespace, deadline: float | None) -> bool:
             command.append("--resume")
         else:
             command += ["--precision", args.precision or common_precision(pick_device(args.device))]
-        child = subprocess.Popen(command)
         stopped = False
         with ctrl_c.all_as_ctrl_c():  # the training must not outlive this process
+            child = subprocess.Popen(command)
             try:
                 child.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
             except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:

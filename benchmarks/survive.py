@@ -2,7 +2,7 @@
 
     python benchmarks/survive.py --kills 20 --out benchmarks/results
 """
-from harness import ctrl_c  # before torch, see there
+from harness import ctrl_c, extras  # noqa: F401  (before torch, see there)
 
 # isort: split
 import argparse

@@ -288,25 +288,28 @@ def study_summary() -> str:
 
 
 def speed_summary() -> str:
-    """How fast the networks train, on the CPU that was measured last and on GPUs."""
-    cpu = _measured("throughput")
-    names = {"harness": "`cifar.py`", "dataloader": "float32, NCHW, eager mode, a `DataLoader`"}
+    """How fast the networks train, on the machine that was measured last and in whole trainings on GPUs."""
+    measured = _measured("throughput")
     rows = []
-    if cpu:
-        cases = [case for case in cpu["cases"] if case["model"] == "ran_att56_cifar"]
+    if measured:
+        cases = [case for case in measured["cases"] if case["model"] == "ran_att56_cifar"]
         largest = max(case["batch_size"] for case in cases)
-        on = f"{cpu['hardware']['threads']} cores, {machine(cpu['hardware'])}"
-        rows += [("`ran_att56_cifar`", names[case["form"]], on, f"{case['train']['images_per_s']:.0f}")
-                 for case in cases if case["batch_size"] == largest]
-    runs: dict[tuple[str, str], list[float]] = {}
+        threads = measured["hardware"].get("threads")
+        on = machine(measured["hardware"]) + (f", {threads} threads" if threads else "")
+        names = {"harness": "`cifar.py`", "dataloader": "the usual way: eager, NCHW, `DataLoader`"}
+        rows += [(f"`{case['model']}`", f"{names[case['form']]}, {case['precision']}", str(largest), on,
+                  f"{case['train']['images_per_s']:.0f}") for case in cases if case["batch_size"] == largest]
+    runs: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
     for file in sorted((REPOSITORY / "benchmarks" / "results" / "study").glob("*.json")):
         result = json.loads(file.read_text())
         if result["hardware"]["device"] == "cuda":
-            runs.setdefault((result["model"], result["hardware"]["name"]), []).append(result["images_per_s"])
-    rows += [(f"`{model}`", names["harness"], name,
-              " to ".join(f"{speed:,.0f}" for speed in sorted({min(found), max(found)})))
-             for (model, name), found in runs.items()]
-    return table(("network", "trained by", "on", "images/s"), "lllr", rows)
+            key = result["model"], result["settings"]["precision"], result["hardware"]["name"]
+            runs.setdefault(key, []).append((result["settings"]["batch_size"], result["images_per_s"]))
+    for (model, precision, name), found in runs.items():
+        batches, speeds = (sorted({min(values), max(values)}) for values in zip(*found))
+        rows.append((f"`{model}`", f"`cifar.py`, {precision}", " to ".join(map(str, batches)), name,
+                     " to ".join(f"{speed:,.0f}" for speed in speeds)))
+    return table(("network", "trained by", "batch", "on", "images/s"), "llrlr", rows)
 
 
 TABLES = {

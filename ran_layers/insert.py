@@ -248,8 +248,8 @@ def _find_hosts(model: nn.Module, where: Where) -> dict[str, nn.Module]:
         levels = [level for level in _feature_levels(model) if level.startswith(f"{name}.")]
         if len(levels) > 1 and type(host).forward is nn.Sequential.forward:
             raise ValueError(
-                f"{name!r} holds the feature levels {', '.join(levels)}, which {type(model).__name__} counts, or runs "
-                f"one by one past a new child; name the last of them")
+                f"{name!r} holds the feature levels {', '.join(levels)}, which {type(model).__name__} may count, or "
+                f"run one by one past a new child; name its end, '{name}.{next(reversed(host._modules))}'")
     return {name: modules[name] for name in modules if name in names}
 
 
@@ -296,7 +296,8 @@ def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Ten
     # Recomputed or compiled, a network calls the children of some hosts without the hosts, or no hooks.
     modules: list[Any] = list(model.modules())
     checkpointed = [module for module in modules if getattr(module, "grad_checkpointing", False) is True]
-    hooks = [host.register_forward_hook(record(name)) for name, host in hosts.items()]
+    # Before other hooks, as the Attention Modules will be.
+    hooks = [host.register_forward_hook(record(name), prepend=True) for name, host in hosts.items()]
     try:
         for module in checkpointed:
             module.grad_checkpointing = False

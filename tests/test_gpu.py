@@ -2,7 +2,6 @@
 import copy
 import importlib.util
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -286,13 +285,13 @@ def test_deterministic_runs_on_a_gpu_and_their_resumption_agree(tmp_path, monkey
         torch.use_deterministic_algorithms(False)
     weights = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three")}
     assert len(weights) == 1
-    assert json.loads((tmp_path / "one" / "result.json").read_text())["deterministic_price"] > -1
+    assert json.loads((tmp_path / "one" / "result.json").read_text())["deterministic_price"] > -0.5
 
 
 @pytest.mark.cuda
 def test_price_of_determinism_keeps_the_setting(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    assert math.isfinite(price_of_determinism(small_net("cuda"), images("cuda"), autocast("cuda"), steps=3))
+    assert -0.9 < price_of_determinism(small_net("cuda"), images("cuda"), autocast("cuda"), steps=3) < 9
     assert not torch.are_deterministic_algorithms_enabled()
 
 

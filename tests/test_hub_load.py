@@ -277,5 +277,6 @@ def test_a_repository_named_beside_weights_in_the_package(hub):
     with pytest.raises(Exception, match=r"refused|urlopen"):
         timm.create_model("ran_att56_cifar", pretrained=True, pretrained_cfg_overlay={"url": "http://127.0.0.1:9/a.pth"})
     expected = timm.create_model("ran_att56_cifar", pretrained=True).eval()(IMAGES)
-    own = timm.create_model("ran_att56_cifar", pretrained=True, pretrained_cfg_overlay={"crop_pct": 0.9}).eval()(IMAGES)
-    assert torch.equal(own, expected)
+    for overlay in ({"crop_pct": 0.9}, {"url": None}, {"url": ""}, {"hf_hub_id": None}):
+        own = timm.create_model("ran_att56_cifar", pretrained=True, pretrained_cfg_overlay=overlay).eval()(IMAGES)
+        assert torch.equal(own, expected)

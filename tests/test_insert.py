@@ -423,8 +423,20 @@ def test_levels_that_hooks_collect_have_their_modules_in_them(name: str) -> None
     assert [host for host in hosts if model.get_submodule(host).inserted_attention.gamma.grad is None] == []
 
 
-@pytest.mark.parametrize(("name", "host"), [("efficientnet_b0", "blocks"), ("ran_att56_cifar", "stages")])
-def test_a_sequence_of_all_levels_is_refused(name: str, host: str) -> None:
-    model = timm.create_model(name)
-    with pytest.raises(ValueError, match=rf"'{host}' holds the feature levels {host}\..*; name the last of them"):
+@pytest.mark.parametrize(("name", "host", "end"), [
+    ("efficientnet_b0", "blocks", "blocks.6"), ("ran_att56_cifar", "stages", "stages.3")])
+def test_a_sequence_of_all_levels_is_refused(name: str, host: str, end: str) -> None:
+    model, x = timm.create_model(name).eval(), torch.randn(1, 3, 64, 64)
+    with pytest.raises(ValueError, match=rf"'{host}' holds the feature levels {host}\..*; name its end, '{end}'"):
         insert_attention(model, [host])
+    insert_attention(model, end)
+    model.get_submodule(end).inserted_attention.gamma.data.fill_(1)
+    assert torch.equal(model.forward_intermediates(x)[0], model.forward_features(x))
+
+
+def test_hooks_that_change_the_output_come_after_the_module() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(16, 4, 1))
+    model[0].register_forward_hook(lambda module, args, output: torch.cat([output, output], 1))
+    insert_attention(model, "0", example_input=torch.zeros(1, 3, 16, 16))
+    assert len(model[0].inserted_attention.gamma) == 8
+    assert model(torch.randn(1, 3, 16, 16)).shape == (1, 4, 16, 16)

@@ -146,5 +146,8 @@ def test_what_is_not_installed_is_said_at_once(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_info:
         importlib.reload(extras)
     assert exit_info.value.code == 2
+    monkeypatch.undo()
+    importlib.reload(extras)
+    assert extras.missing() == []
     assert capsys.readouterr().err == (
         'error: scikit-learn must be installed: in the repository, pip install -e ".[bench]"\n')

@@ -38,8 +38,8 @@ def test_operations_of_the_baselines(readme):
         result = json.loads(file.read_text())
         macs[file.name.partition("-best")[0]] = result["macs"]
     assert (f"The plain CNN has {macs['plain8'] / 1e6:.0f} million MACs, Attention-56 has "
-            f"{macs['att56-cifar10'] / 1e6:.0f}, ResNet-18 has {macs['resnet18'] / macs['att56-cifar10']:.0f} times as "
-            "many.") in readme
+            f"{macs['att56-cifar10'] / 1e6:.0f}, ResNet-18 has {macs['resnet18'] / macs['att56-cifar10']:.0f} times "
+            "the MACs of Attention-56.") in readme
 
 
 def test_errors_of_the_weights(readme):
@@ -64,10 +64,11 @@ def test_speeds(readme):
                      for name in ("best-12ep", "full-37ep"))
     for text in (
             f"for {len(longer['epochs'])} epochs: **{longer['final']['error']:.2f} %** in {longer['seconds']:.0f} s",
-            f"passes 90 % on CIFAR-10 after {longer['seconds_to_top1']['90']:.0f} s of training and 94 % after "
-            f"{longer['seconds_to_top1']['94']:.0f} s",
-            f"compilation before it takes {short['compile_seconds']:.0f} s at first and "
-            f"{longer['compile_seconds']:.0f} s again. No run has reached 95 % yet."):
+            f"passed 90 % on CIFAR-10 after {short['seconds_to_top1']['90']:.0f} s of training in a run of "
+            f"{len(short['epochs'])} epochs, and 94 % after {longer['seconds_to_top1']['94']:.0f} s in one of "
+            f"{len(longer['epochs'])}, evaluated every fifth epoch",
+            f"compiled for {short['compile_seconds']:.0f} s, before the second",
+            f"at hand, for {longer['compile_seconds']:.0f} s. No run has reached 95 % yet."):
         assert text in readme
     results = [json.loads(file.read_text()) for file in (measured / "study").glob("*.json")]
     assert not [run for run in results if run["dataset"] == "cifar10" and run["final"]["top1"] >= 95]

@@ -38,3 +38,5 @@ def test_the_output_stride_is_the_one_asked_for(stride):
 def test_an_output_stride_that_it_cannot_have():
     with pytest.raises(ValueError, match="output_stride must be 2, 4 or 8, got 32"):
         timm.create_model("resnet18_cifar", output_stride=32)
+    with pytest.raises(TypeError, match=r"output_stride must be an int of at least 2, got 2\.0"):
+        timm.create_model("resnet18_cifar", output_stride=2.0)

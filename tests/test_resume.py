@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -57,8 +58,12 @@ def tell(name, value):
 
 
 @pytest.mark.parametrize("edit", [
-    drop("generator"), put("model.other", torch.zeros(1)), put("model.head.fc.bias", torch.full((10,), torch.nan)),
-    tell("step", -5), lambda tensors, state: state["settings"].update(lr="big"), lambda tensors, state: state.clear(),
+    drop("generator"), drop("model.head.fc.weight"), drop("optimizer.0.momentum_buffer"),
+    put("model.other", torch.zeros(1)), put("model.head.fc.bias", torch.full((10,), torch.nan)),
+    put("model.head.fc.bias", torch.zeros(10, dtype=torch.int64)), put("optimizer.0.momentum_buffer", torch.zeros(3)),
+    tell("step", 10 ** 6), tell("step", -5), tell("step", "3"), tell("epochs", []), tell("settings", []),
+    tell("settings", {}), lambda tensors, state: state["settings"].update(lr="big"),
+    lambda tensors, state: state.clear(),
 ])
 def test_an_edited_checkpoint_is_not_resumed(out, capsys, edit):
     path = out / FILE_NAME
@@ -81,7 +86,7 @@ def test_what_ran_where_is_kept_when_nothing_is_left_to_train(out, monkeypatch):
     assert json.loads((out / "result.json").read_text()) == before
 
 
-def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
+def test_other_threads_are_said(tmp_path, monkeypatch, capsys):
     command = ["--model", "plain_cnn8_cifar", "--dataset", "digits", "--device", "cpu", "--limit", "64",
                "--epochs", "2", "--batch-size", "32", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
@@ -90,12 +95,12 @@ def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
             cifar.main(command)
         with pytest.raises(SystemExit):
             cifar.main([*command, "--resume"])
-    assert "another machine" not in capsys.readouterr().out
+    assert "other hardware" not in capsys.readouterr().out
     threads = cifar.hardware(torch.device("cpu"))["threads"]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     cifar.main([*command, "--resume"])
     said = f"(threads is {threads + 1}, was {threads}): equal to an undisturbed run but for rounding"
-    assert f"resumed on another machine {said}" in capsys.readouterr().out
+    assert f"resumed with other hardware or threads {said}" in capsys.readouterr().out
 
 
 def test_settings_are_those_of_the_run_in_the_default_folder_too(tmp_path, monkeypatch):
@@ -299,6 +304,29 @@ def test_what_asks_to_end_is_heard_unless_it_is_ignored(name):
                     signal.raise_signal(number)
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there are no hangups on this system")
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN], ids=["heard", "ignored"])
+def test_a_training_hears_hangups_unless_they_are_ignored(monkeypatch, handler):
+    class Stop(Exception):
+        pass
+
+    def look(_):
+        seen.append(signal.getsignal(signal.SIGHUP))
+        raise Stop
+
+    seen = []
+    before = signal.getsignal(signal.SIGHUP)
+    monkeypatch.setattr(cifar, "CheckpointWriter", look)
+    try:
+        signal.signal(signal.SIGHUP, handler)
+        with pytest.raises(Stop):
+            cifar.run_epochs(None, SimpleNamespace(world=None, model=torch.nn.Identity()), None, {}, None)
+        assert (seen == [handler]) == (handler == signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_command_to_resume_is_for_the_folder_one_is_in(tmp_path, monkeypatch):

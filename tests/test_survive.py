@@ -24,8 +24,10 @@ def test_killed_training_ends_with_the_same_weights(tmp_path):
 def test_no_training_outlives_it():
     with subprocess.Popen([sys.executable, survive.__file__, "--kills", "1", "--epochs", "200"], start_new_session=True,
                           stdout=subprocess.DEVNULL) as process:
-        while len(processes_of(process.pid)) < 2:
+        deadline = time.monotonic() + 120
+        while not any("cifar.py" in command for command in processes_of(process.pid)):
             assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 130
@@ -33,12 +35,14 @@ def test_no_training_outlives_it():
 
 
 def processes_of(session):
-    """Return the running processes of a session."""
-    stats = []
+    """Return the commands of the running processes of a session."""
+    commands = []
     for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            stats.append(file.read_text().rpartition(")")[2].split())
-    return [stat for stat in stats if int(stat[3]) == session and stat[0] != "Z"]
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            state, _, _, session_of_it, *_ = file.read_text().rpartition(")")[2].split()
+            if int(session_of_it) == session and state != "Z":
+                commands.append(file.with_name("cmdline").read_text())
+    return commands
 
 
 @pytest.mark.parametrize("script", ["survive", "scaling", "robustness", "fuse", "throughput"])

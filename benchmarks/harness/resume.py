@@ -45,11 +45,11 @@ def check_data(out: Path, digests: dict[str, str], state: dict[str, Any]) -> Non
                        "in another --out")
 
 
-def other_machine(hardware: dict[str, Any], state: dict[str, Any]) -> str | None:
-    """Say how ``hardware`` differs from what the run began with, which adds in another order; None if it does not."""
-    began = state.get("machine", {}).get("hardware", {})
-    return ", ".join(f"{key} is {hardware.get(key)}, was {value}" for key, value in began.items()
-                     if hardware.get(key) != value) or None
+def other_hardware(hardware: dict[str, Any], state: dict[str, Any]) -> str | None:
+    """Say how ``hardware`` differs from what the run had last, which may add in another order; None if it does not."""
+    last = state.get("machine", {}).get("hardware", {})
+    return ", ".join(f"{key} is {hardware[key]}, was {value}" for key, value in last.items()
+                     if key in hardware and hardware[key] != value) or None
 
 
 def command_to_resume(args: argparse.Namespace, out: Path, processes: int) -> str:

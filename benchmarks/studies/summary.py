@@ -71,8 +71,8 @@ def summary(finished: dict[str, list[Finished]]) -> str:
         row.label, _cell(row.best, finished), _cell(row.report, finished),
         "; ".join(f"{first.error - second.error:+.2f} ({first.source})" for first, second in row.published),
     ) for row in COMPARISONS]
-    return pages.table(("difference in test error, points", "our recipe", "the report's", "published, in full"), "lrrl",
-                       rows)
+    head = ("difference in test error, points", "our recipe", "the report's", "published, full trainings")
+    return pages.table(head, "lrrl", rows)
 
 
 def _cell(pair: tuple[str, str] | None, finished: dict[str, list[Finished]]) -> str:

@@ -106,7 +106,7 @@ def _introduction(run: Run) -> str:
     if is_residual_attention(run.model):
         what = f"A Residual Attention Network ([Wang et al., CVPR 2017]({PAPER})), `timm` model"
     elif is_ours(run.model):
-        what = f"A baseline of Residual Attention Networks ([Wang et al., CVPR 2017]({PAPER})), `timm` model"
+        what = "A baseline to compare Residual Attention Networks with, `timm` model"
     sentence = f"{what} {text(run.model)}, trained on {name}."
     sizes = [
         f"{_short(number)} {unit}" for number, unit in (
@@ -205,7 +205,7 @@ def _percent(value: float) -> float:
 
 
 def _short(number: float) -> str:
-    return f"{number / 1e9:.3g} G" if number >= 1e9 else f"{number / 1e6:.3g} M"
+    return f"{number / 1e9:.3g} G" if number >= 999.5e6 else f"{number / 1e6:.3g} M"
 
 
 def _rounded(value: float | None) -> str | None:

@@ -173,8 +173,10 @@ def _push(api: HfApi, repo_id: str, files: Files, private: bool, revision: str |
     except BaseException as error:
         if created and not _remove_if_empty(api, repo_id):
             stays = f"the new repository {repo_id} stays, empty; pushing again fills it"
-            if not isinstance(error, Exception):  # Ctrl-C remains that
-                raise type(error)(stays) from None
+            if isinstance(error, KeyboardInterrupt):  # remains that
+                raise KeyboardInterrupt(stays) from None
+            if not isinstance(error, Exception):
+                raise
             raise HubError(f"{explain(error, repo_id, revision, api.token)} ({stays})") from None
         raise
 

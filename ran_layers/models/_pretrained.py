@@ -11,8 +11,8 @@ def safetensors_only(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> 
     """Return the arguments of ``build_model_with_cfg``, pointed at the checked weights file.
 
     timm's own loader takes a pickle where there are no safetensors and compares no checksum. So what is to come from
-    the Hub or from ``local-dir:`` is found and checked here, and timm is given its path. A file that the user names
-    in ``pretrained_cfg_overlay`` is read by timm.
+    the Hub or from ``local-dir:`` is found and checked here, and timm is given its path. A file or address that the
+    user names in ``pretrained_cfg_overlay`` is read by timm.
 
     Raises:
         HubError: The file could not be had from the Hub, is damaged, or is there as a pickle only.
@@ -22,8 +22,8 @@ def safetensors_only(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> 
         return kwargs
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
-    if cfg.source != "local-dir" and overlay.keys() & {"hf_hub_id", "url"} and not overlay.keys() & {
-            "file", "state_dict"}:
+    from_elsewhere = overlay.get("hf_hub_id") or overlay.get("url")
+    if from_elsewhere and cfg.source != "local-dir" and not (overlay.get("file") or overlay.get("state_dict")):
         # The file in the package is not what the user names; timm would take it all the same.
         overlay = {**overlay, "file": None}
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)

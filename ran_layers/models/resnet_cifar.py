@@ -11,6 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 
+from ..layers._args import check_int
 from ._cifar import cifar_cfgs
 from ._pretrained import safetensors_only
 
@@ -28,7 +29,8 @@ class ResNetCifar(ResNet):
         output_stride: How much smaller the last stage's map is than the image: 8, 4 or 2, by dilated convolutions.
 
     Raises:
-        ValueError: ``output_stride`` is another, or there is an argument for the stem that this network has not.
+        TypeError, ValueError: ``output_stride`` is another, or there is an argument for the stem that this network has
+            not.
 
     Example:
         >>> from timm.models.resnet import BasicBlock
@@ -40,7 +42,7 @@ class ResNetCifar(ResNet):
             self, block: Any, layers: Any, *, in_chans: int = 3, output_stride: int = 8, device: Any = None,
             dtype: Any = None, **kwargs: Any,
     ) -> None:
-        if output_stride not in (2, 4, 8):
+        if check_int("output_stride", output_stride, 2) not in (2, 4, 8):
             raise ValueError(f"output_stride must be 2, 4 or 8, got {output_stride!r}")
         if kwargs.get("stem_type"):
             raise ValueError(f"stem_type must be '', the 3x3 stem of this network, got {kwargs['stem_type']!r}")
