@@ -1,6 +1,7 @@
 """Training that begins with the weights of another run: `benchmarks/cifar.py --initial-checkpoint`."""
 import hashlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -64,15 +65,15 @@ def test_an_interrupted_run_needs_the_weights_no_more(first, tmp_path, monkeypat
     def interrupt(display, number, *figures):
         step(display, number, *figures)
         if number == 1:
-            cifar.signal.raise_signal(cifar.signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
-    handler = cifar.signal.getsignal(cifar.signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(cifar.Display, "step", interrupt)
     try:
         with pytest.raises(SystemExit):
             run(tmp_path / "stopped", "--initial-checkpoint", copy)
     finally:
-        cifar.signal.signal(cifar.signal.SIGTERM, handler)
+        signal.signal(signal.SIGTERM, handler)
     monkeypatch.setattr(cifar.Display, "step", step)
     copy.unlink()
     resumed = run(tmp_path / "stopped", "--resume")
