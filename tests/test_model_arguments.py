@@ -68,6 +68,18 @@ def test_a_classifier_of_less_than_no_classes():
     assert model.num_classes == model.head.fc.out_features == 10
 
 
+@pytest.mark.parametrize("name", ["ran_att56_cifar", "plain_cnn8_cifar"])
+def test_a_pooling_that_is_not_given_stays_as_in_timm(name):
+    """timm's own tests of models take the pooling away, and then ask for a classifier on the meta device."""
+    model = timm.create_model(name)
+    model.reset_classifier(0, "")
+    model.reset_classifier(2)
+    assert model.get_classifier().out_features == 2
+    assert model.head.global_pool.is_identity()
+    model.reset_classifier(2, "avg")
+    assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+
+
 def test_numbers_of_numpy_and_units_with_linear_layers():
     class Unit(ResidualUnit):
         def __init__(self, *args, **kwargs):

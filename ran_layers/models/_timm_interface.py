@@ -113,11 +113,14 @@ class StagedNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one of ``num_classes`` (0 for none), and the pooling if given.
 
+        As in timm, a pooling that is not given stays, also where there is none.
+
         Raises:
-            TypeError, ValueError: An argument is outside its range, or there would be a classifier without pooling.
+            TypeError, ValueError: An argument is outside its range, or asks for a classifier without pooling.
         """
         check_int("num_classes", num_classes, 0)
-        _check_pooling(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
+        if global_pool is not None:
+            _check_pooling(global_pool, num_classes)
         self.num_classes = num_classes
         self.head.in_features = self.num_features  # fewer than at first if stages were pruned
         self.head.reset(num_classes, global_pool)
