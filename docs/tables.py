@@ -98,11 +98,17 @@ def _images_per_s(throughput: dict[str, Any] | None, model: str) -> str:
     return f"{row['forward']['images_per_s']:.0f} / {row['train']['images_per_s']:.0f}"
 
 
+@cache
+def _study() -> list[dict[str, Any]]:
+    """The results of the study, which several tables read, by the names of their files."""
+    files = sorted((REPOSITORY / "benchmarks" / "results" / "study").glob("*.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
 def trained_on_gpu() -> str:
     """Speed of trainings on a GPU, by epoch."""
     rows = []
-    for file in sorted((REPOSITORY / "benchmarks" / "results" / "study").glob("*.json")):
-        result = json.loads(file.read_text())
+    for result in _study():
         if result["hardware"]["device"] == "cuda":
             speeds = sorted(epoch["images_per_s"] for epoch in result["epochs"])
             rows.append((
@@ -132,8 +138,7 @@ def _corruptions(robustness: dict[str, Any] | None) -> str:
 def time_to_accuracy() -> str:
     """The shortest training seen to reach each accuracy on CIFAR-10, by network and hardware."""
     fastest: dict[tuple[float, str, str], tuple[float, dict[str, Any]]] = {}
-    for file in (*WEIGHTS.glob("*.json"), *(REPOSITORY / "benchmarks" / "results" / "study").glob("*.json")):
-        result = json.loads(file.read_text())
+    for result in (*(json.loads(file.read_text()) for file in WEIGHTS.glob("*.json")), *_study()):
         if result["dataset"] != "cifar10":
             continue
         for goal, seconds in (result.get("seconds_to_top1") or {}).items():
@@ -300,8 +305,7 @@ def speed_summary() -> str:
         rows += [(f"`{case['model']}`", f"{names[case['form']]}, {case['precision']}", str(largest), on,
                   f"{case['train']['images_per_s']:.0f}") for case in cases if case["batch_size"] == largest]
     runs: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
-    for file in sorted((REPOSITORY / "benchmarks" / "results" / "study").glob("*.json")):
-        result = json.loads(file.read_text())
+    for result in _study():
         if result["hardware"]["device"] == "cuda":
             key = result["model"], result["settings"]["precision"], result["hardware"]["name"]
             runs.setdefault(key, []).append((result["settings"]["batch_size"], result["images_per_s"]))
