@@ -28,7 +28,7 @@ from harness.environment import default_compile_mode
 SOURCES = Path(__file__).parent / "cpu"
 # The OpenMP runtime is left open: it is torch's own, whose threads are there already, that the loader finds.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
-CHANNELS = 16  # a number of channels that the kernels take is a multiple of it: LINE of cpu/norm.h
+CHANNELS = 16  # a number of channels that the kernels take is a multiple of it: so in cpu/vectors.h
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS: dict[str, list[Any]] = {

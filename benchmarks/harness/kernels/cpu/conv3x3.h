@@ -68,12 +68,18 @@ void conv3x3_forward(const T* x, T* y, const float* saved, const float* weight, 
         const int64_t last = conv.batch * (thread + 1) / threads;
         for (int64_t image = conv.batch * thread / threads; image < last; image += part) {
             const int64_t count = std::min(part, last - image);
-            for (int64_t i = 0; i < count; i++)
-                for (int64_t position = 0; position < positions; position++)
-                    for (int64_t k = 0; k < K; k += LANES)
-                        store(&activations[(position * part + i) * K + k],
-                              activated<true>(load(x + ((image + i) * positions + position) * K + k) * load(scale + k) +
-                                              load(shift + k)));
+            each_panel(K, [&](auto vectors, int64_t k) {
+                constexpr int V = decltype(vectors)::value;
+                const Columns<V> a(scale + k), b(shift + k);
+                for (int64_t i = 0; i < count; i++)
+                    for (int64_t position = 0; position < positions; position++) {
+                        const T* from = x + ((image + i) * positions + position) * K + k;
+                        Floats active[V];
+                        for (int v = 0; v < V; v++)
+                            active[v] = activated<true>(load(from + v * LANES) * a[v] + b[v]);
+                        store_all(&activations[(position * part + i) * K + k], active);
+                    }
+            });
             for (int64_t position = 0; position < conv.positions_out(); position++) {
                 Sum<T> products({words, 1, count, words, N, words}, sums.data(), false);
                 for (int tap = 0; tap < TAPS; tap++) {
@@ -81,10 +87,7 @@ void conv3x3_forward(const T* x, T* y, const float* saved, const float* weight, 
                     if (at >= 0)
                         products(reinterpret_cast<const Word*>(&activations[at * part * K]), &packed[tap * words * N]);
                 }
-                products.finish();
-                for (int64_t i = 0; i < count; i++)
-                    for (int64_t n = 0; n < N; n += LANES)
-                        store(y + ((image + i) * conv.positions_out() + position) * N + n, load(&sums[i * N + n]));
+                products.finish_into(y + (image * conv.positions_out() + position) * N, conv.positions_out() * N);
             }
         }
     }
@@ -95,14 +98,22 @@ template <class T, class Place, class Make>
 void words_of_images(const T* maps, int64_t count, int64_t part, int64_t positions, int64_t channels,
                      typename Factor<T>::Word* words, const Place& place, const Make& make) {
     constexpr int STEP = Factor<T>::STEP;
-    for (int64_t i = 0; i < count; i += STEP)
-        for (int64_t position = 0; position < positions; position++)
-            for (int64_t c = 0; c < channels; c += LANES) {
-                Floats values[STEP]{};
-                for (int64_t s = 0; s < STEP && i + s < count; s++)
-                    values[s] = make(load(maps + ((i + s) * positions + position) * channels + c), c);
-                Factor<T>::store_rows(&words[position * part / STEP * channels + place(i / STEP, c)], values);
-            }
+    each_panel(channels, [&](auto vectors, int64_t first) {
+        constexpr int V = decltype(vectors)::value;
+        const auto made = make(vectors, first);
+        for (int64_t i = 0; i < count; i += STEP) {
+            auto* to = words + place(i / STEP, first);
+            for (int64_t position = 0; position < positions; position++, to += part / STEP * channels)
+                for (int v = 0; v < V; v++) {
+                    Floats values[STEP]{};
+                    for (int64_t s = 0; s < STEP && i + s < count; s++) {
+                        const int64_t row = (i + s) * positions + position;
+                        values[s] = made(load(maps + row * channels + first + v * LANES), v);
+                    }
+                    Factor<T>::store_rows(to + v * LANES, values);
+                }
+        }
+    });
 }
 
 // As pointwise_backward.
@@ -123,18 +134,21 @@ void conv3x3_backward(const T* grad_y, const T* x, T* grad_norm, const float* sa
     for (int thread = 0; thread < threads; thread++) {
         std::fill_n(&grad_weights[thread * TAPS * N * K], TAPS * N * K, 0.f);
         Buffer<Word> activations(positions * part / F::STEP * K), grads(positions_out * part / F::STEP * N);
-        Buffer<float> input_grads(part * K);
+        Buffer<float> input_grads(part * K), part_sums(2 * K);
         const int64_t last = conv.batch * (thread + 1) / threads;
         for (int64_t image = conv.batch * thread / threads; image < last; image += part) {
             const int64_t count = std::min(part, last - image), steps = (count + F::STEP - 1) / F::STEP;
             const T *maps = x + image * positions * K, *above = grad_y + image * positions_out * N;
             words_of_images(maps, count, part, positions, K, activations.data(), Panels(K, part / F::STEP),
-                            [=](Floats value, int64_t k) {
-                return activated<true>(value * load(scale + k) + load(shift + k));
+                            [=](auto vectors, int64_t k) {
+                constexpr int V = decltype(vectors)::value;
+                return [a = Columns<V>(scale + k), b = Columns<V>(shift + k)](Floats value, int v) {
+                    return activated<true>(value * a[v] + b[v]);
+                };
             });
             words_of_images(above, count, part, positions_out, N, grads.data(),
                             [=](int64_t row, int64_t n) { return row * N + n; },
-                            [](Floats value, int64_t) { return value; });
+                            [](auto, int64_t) { return [](Floats value, int) { return value; }; });
             for (int tap = 0; tap < TAPS; tap++) {
                 Sum<T> products({1, N, N, part / F::STEP, K, steps}, &grad_weights[(thread * TAPS + tap) * N * K],
                                 true);
@@ -144,6 +158,7 @@ void conv3x3_backward(const T* grad_y, const T* x, T* grad_norm, const float* sa
                 }
                 products.finish();
             }
+            std::fill(part_sums.begin(), part_sums.end(), 0.f);
             for (int64_t position = 0; position < positions; position++) {
                 // Where a word has one value, the rows are there by position already, one after the other.
                 const bool apart = F::STEP > 1;
@@ -156,22 +171,26 @@ void conv3x3_backward(const T* grad_y, const T* x, T* grad_norm, const float* sa
                              &packed[tap * words * K]);
                 }
                 products.finish();
-                for (int64_t k = 0; k < K; k += LINE) {
-                    const Line a(scale + k), b(shift + k), middle(mean + k);
-                    Line sum, product;
-                    for (int64_t i = 0; i < count; i++)
-                        for (int v = 0; v < VECTORS_OF_LINE; v++) {
-                            const int64_t column = k + v * LANES;
-                            Floats value = load(maps + (i * positions + position) * K + column);
-                            Floats passing = passed<true>(load(&input_grads[i * K + column]), value * a[v] + b[v]);
-                            store(grad_norm + ((image + i) * positions + position) * K + column, passing);
-                            sum[v] += passing;
-                            product[v] += passing * (value - middle[v]);
+                each_panel(K, [&](auto vectors, int64_t k) {
+                    constexpr int V = decltype(vectors)::value;
+                    const Columns<V> a(scale + k), b(shift + k), middle(mean + k);
+                    Columns<V> sum(&part_sums[k]), product(&part_sums[K + k]);
+                    for (int64_t i = 0; i < count; i++) {
+                        const int64_t at = (i * positions + position) * K + k;
+                        Floats passing[V];
+                        for (int v = 0; v < V; v++) {
+                            Floats value = load(maps + at + v * LANES);
+                            passing[v] = passed<true>(load(&input_grads[i * K + k + v * LANES]), value * a[v] + b[v]);
+                            sum[v] += passing[v];
+                            product[v] += passing[v] * (value - middle[v]);
                         }
-                    sum.add_to(&sums[thread * 2 * K + k]);
-                    product.add_to(&sums[(thread * 2 + 1) * K + k]);
-                }
+                        store_all(grad_norm + image * positions * K + at, passing);
+                    }
+                    sum.store_to(&part_sums[k]);
+                    product.store_to(&part_sums[K + k]);
+                });
             }
+            for (int64_t i = 0; i < 2 * K; i += LANES) add(&sums[thread * 2 * K + i], load(&part_sums[i]));
         }
     }
     add_threads(sums, threads), add_threads(grad_weights, threads);

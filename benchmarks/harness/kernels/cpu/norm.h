@@ -75,11 +75,6 @@ struct Columns {
     Floats& operator[](int v) { return values[v]; }
 };
 
-// What a line of the cache holds of a row of floats; rows are multiples of it.
-constexpr int LINE = 16, VECTORS_OF_LINE = LINE / LANES;
-static_assert(LINE % LANES == 0, "rows of channels are taken in whole vectors too");
-typedef Columns<VECTORS_OF_LINE> Line;
-
 // One double a column from each thread, added up in the order of the threads.
 struct Partial {
     Buffer<double> sums, others;

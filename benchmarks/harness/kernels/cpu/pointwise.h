@@ -1,7 +1,7 @@
 // A 1x1 convolution of a normalised and activated map. The activated map is made part by part in the cache and never
 // written: forward that saves a pass out and a pass in, backward the gradient's too.
 //
-// K is the channels in, N those out, both multiples of LINE. What is summed over is K forward, N and rows backward.
+// K is the channels in, N those out, both multiples of CHANNELS. What is summed over is K forward, N and rows backward.
 #pragma once
 #include <algorithm>
 
@@ -11,18 +11,9 @@
 
 namespace {
 
-// Calls `body(first row, last row, column)` for some rows of a line each, so that what belongs to the columns stays in
-// registers, while the whole map is met about in its order.
-template <class Body>
-void each_line(int64_t rows, int64_t columns, const Body& body) {
-    constexpr int64_t ROWS = 16;
-    for (int64_t row = 0; row < rows; row += ROWS)
-        for (int64_t column = 0; column < columns; column += LINE) body(row, std::min(row + ROWS, rows), column);
-}
-
 // Rows of a part of the maps, of which the cache holds all that is made of them.
 inline int64_t part_rows(int64_t channels_in, int64_t channels_out) {
-    return std::max<int64_t>(32, 16384 / (channels_in + channels_out) / 16 * 16);
+    return std::max<int64_t>(32, 32768 / (channels_in + channels_out) / 16 * 16);
 }
 
 // `weight`, which is (N, taps, K), as the second factor of a product for each tap: of those forward, which sum over K ...
@@ -83,23 +74,22 @@ void pointwise_forward(const T* x, const T* other, T* y, const float* saved, con
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
         Buffer<typename F::Value> activations(part * K);
-        Buffer<float> sums(part * N);
         const int64_t last = rows * (thread + 1) / threads;
         for (int64_t row = rows * thread / threads; row < last; row += part) {
             const int64_t count = std::min(part, last - row);
-            each_line(count, K, [&](int64_t first, int64_t end, int64_t k) {
-                const Line a(scale + k), b(shift + k);
-                for (int64_t i = first * K + k; i < end * K; i += K)
-                    for (int v = 0; v < VECTORS_OF_LINE; v++)
-                        store(&activations[i + v * LANES],
-                              activated<true>(load(x + row * K + i + v * LANES) * a[v] + b[v]));
+            each_panel(K, [&](auto vectors, int64_t k) {
+                constexpr int V = decltype(vectors)::value;
+                const Columns<V> a(scale + k), b(shift + k);
+                for (int64_t r = 0; r < count; r++) {
+                    Floats active[V];
+                    for (int v = 0; v < V; v++)
+                        active[v] = activated<true>(load(x + (row + r) * K + k + v * LANES) * a[v] + b[v]);
+                    store_all(&activations[r * K + k], active);
+                }
             });
             const Term<Word> term{reinterpret_cast<const Word*>(activations.data()), packed.data()};
-            multiply<T, false>({K / F::STEP, 1, count, K / F::STEP, N, K / F::STEP, &term}, sums.data());
-            for (int64_t i = 0; i < count * N; i += LANES) {
-                Floats sum = load(&sums[i]);
-                store(y + row * N + i, other ? sum + load(other + row * N + i) : sum);
-            }
+            multiply<T>({K / F::STEP, 1, count, K / F::STEP, N, K / F::STEP, &term},
+                        Into<T>{y + row * N, N, other ? other + row * N : nullptr, N});
         }
     }
 }
@@ -125,10 +115,13 @@ inline const float* words_of_rows(const float* words, const void*, int64_t, int6
 #if BF16_PRODUCTS
 inline const uint32_t* words_of_rows(
         const uint32_t*, const BFloat16* rows, int64_t count, int64_t width, Buffer<uint32_t>& buffer) {
-    for (int64_t r = 0; r < count; r += 2)
+    int64_t r = 0;
+    for (; r + 1 < count; r += 2)
+        for (int64_t c = 0; c < width; c += LANES)
+            Factor<BFloat16>::store_rows(&buffer[r / 2 * width + c], rows + r * width + c, rows + (r + 1) * width + c);
+    if (r < count)
         for (int64_t c = 0; c < width; c += LANES) {
-            const Floats both[2] = {
-                load(rows + r * width + c), r + 1 < count ? load(rows + (r + 1) * width + c) : Floats{}};
+            const Floats both[2] = {load(rows + r * width + c), Floats{}};
             Factor<BFloat16>::store_rows(&buffer[r / 2 * width + c], both);
         }
     return buffer.data();
@@ -158,32 +151,39 @@ void pointwise_backward(const T* grad_y, const T* x, T* grad_norm, const float* 
             const int64_t count = std::min(part, last - row), steps = (count + F::STEP - 1) / F::STEP;
             const Word* grad = words_of_columns(grad_y + row * N, count * N, grad_words);
             const Term<Word> term{grad, packed.data()};
-            multiply<T, false>({N / F::STEP, 1, count, N / F::STEP, K, N / F::STEP, &term}, grads.data());
-            std::fill(part_sums.begin(), part_sums.end(), 0.f);
-            each_line(count, K, [&](int64_t first, int64_t end, int64_t k) {
-                const Line a(scale + k), b(shift + k), middle(mean + k);
-                Line sum(&part_sums[k]), product(&part_sums[K + k]);
-                for (int64_t step = first / F::STEP; step * F::STEP < end; step++)
-                    for (int v = 0; v < VECTORS_OF_LINE; v++) {
-                        const int64_t column = k + v * LANES;
-                        Floats active[F::STEP]{};
-                        for (int64_t i = 0, r = step * F::STEP; i < F::STEP && r < end; i++, r++) {
-                            Floats value = load(x + (row + r) * K + column), input = value * a[v] + b[v];
-                            Floats passing = passed<true>(load(&grads[r * K + column]), input);
-                            store(grad_norm + (row + r) * K + column, passing);
-                            active[i] = activated<true>(input);
-                            sum[v] += passing;
-                            product[v] += passing * (value - middle[v]);
+            multiply<T>({N / F::STEP, 1, count, N / F::STEP, K, N / F::STEP, &term}, Into<float>{grads.data(), K});
+            each_panel(K, [&](auto vectors, int64_t k) {
+                constexpr int V = decltype(vectors)::value;
+                const Columns<V> a(scale + k), b(shift + k), middle(mean + k);
+                Columns<V> sum, product;
+                Word* to = &activations[place(0, k)];
+                const T* from = x + row * K + k;
+                T* out = grad_norm + row * K + k;
+                const float* above = &grads[k];
+                for (int64_t r = 0; r < count; r += F::STEP, to += V * LANES) {
+                    Floats active[V][F::STEP]{};
+                    for (int64_t i = 0; i < F::STEP && r + i < count; i++) {
+                        Floats passing[V];
+                        for (int v = 0; v < V; v++) {
+                            const int64_t at = (r + i) * K + v * LANES;
+                            Floats value = load(from + at), input = value * a[v] + b[v];
+                            passing[v] = passed<true>(load(above + at), input);
+                            active[v][i] = activated<true>(input);
+                            sum[v] += passing[v];
+                            product[v] += passing[v] * (value - middle[v]);
                         }
-                        F::store_rows(&activations[place(step, column)], active);
+                        store_all(out + (r + i) * K, passing);
                     }
+                    for (int v = 0; v < V; v++) F::store_rows(to + v * LANES, active[v]);
+                }
                 sum.store_to(&part_sums[k]);
                 product.store_to(&part_sums[K + k]);
             });
             for (int64_t i = 0; i < 2 * K; i += LANES) add(&sums[thread * 2 * K + i], load(&part_sums[i]));
             const Term<Word> weight_term{
                 words_of_rows(grad, grad_y + row * N, count, N, grad_words), activations.data()};
-            multiply<T, true>({1, N, N, part / F::STEP, K, steps, &weight_term}, &grad_weights[thread * N * K]);
+            float* weights = &grad_weights[thread * N * K];
+            multiply<T>({1, N, N, part / F::STEP, K, steps, &weight_term}, Into<float>{weights, K, weights, K});
         }
     }
     add_threads(sums, threads), add_threads(grad_weights, threads);

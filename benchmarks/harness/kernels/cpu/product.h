@@ -4,6 +4,7 @@
 // laid out in words of two there; elsewhere they are multiplied as floats.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -52,8 +53,18 @@ struct Factor<BFloat16> {
     }
 
     static void store_rows(Word* to, const Floats* rows) {
-        Words words = rounded(rows[0]) | rounded(rows[1]) << 16;
-        std::memcpy(to, &words, sizeof words);
+        const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)rows[1], (__m512)rows[0]);
+        const __m512i order = _mm512_set_epi16(
+            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17,
+            1, 16, 0);
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, halves));
+    }
+
+    // The same of rows that are there already.
+    static void store_rows(Word* to, const Value* first, const Value* second) {
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)first));
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)second));
+        _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
 };
 #else
@@ -79,6 +90,18 @@ struct Panels {
     }
 };
 
+// Calls `body(vectors, column)` for each panel of so many vectors.
+template <class Body>
+void each_panel(int64_t columns, const Body& body) {
+    constexpr int VECTORS = REGISTERS / 8;
+    const int64_t width = Panels(columns, 0).width();
+    for (int64_t column = 0; column < columns; column += width) {
+        if (width == VECTORS * LANES) body(std::integral_constant<int, VECTORS>(), column);
+        else if (width == VECTORS / 2 * LANES) body(std::integral_constant<int, VECTORS / 2>(), column);
+        else body(std::integral_constant<int, 1>(), column);
+    }
+}
+
 // Factors of products of matrices that are added up: of each `rows` by `steps` words at `a`, of which the next in a row
 // is `a_step` on and that of the next row `a_row`; and at `b`, in panels with room for `b_rows`, `steps` rows of
 // `columns` words.
@@ -94,12 +117,31 @@ struct Product {
     int64_t count = 1;
 };
 
-template <class T, bool ADD, int ROWS, int VECTORS>
-inline void tile(const Product<typename Factor<T>::Word>& p, int64_t row, int64_t column, float* out) {
+// Where a product goes: to rows that are `row_length` apart, with what lies at `added` added, if anything does. That may
+// be what was there before.
+template <class T, class U = T>
+struct Into {
+    T* out;
+    int64_t row_length;
+    const U* added = nullptr;
+    int64_t added_length = 0;
+
+    template <int N>
+    void begin(Floats (&sums)[N], int64_t row, int64_t column) const {
+        for (int v = 0; v < N; v++)
+            sums[v] = added ? load(added + row * added_length + column + v * LANES) : Floats{};
+    }
+
+    template <int N>
+    void end(const Floats (&sums)[N], int64_t row, int64_t column) const {
+        store_all(out + row * row_length + column, sums);
+    }
+};
+
+template <class T, int ROWS, int VECTORS, class Out>
+inline void tile(const Product<typename Factor<T>::Word>& p, int64_t row, int64_t column, const Out& out) {
     Floats sums[ROWS][VECTORS];
-    out += row * p.columns + column;
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = ADD ? load(out + r * p.columns + v * LANES) : Floats{};
+    for (int r = 0; r < ROWS; r++) out.begin(sums[r], row + r, column);
     for (int64_t term = 0; term < p.count; term++) {
         const auto *a = p.terms[term].a + row * p.a_row, *b = p.terms[term].b + column * p.b_rows;
         for (int64_t step = 0; step < p.steps; step++, a += p.a_step, b += VECTORS * LANES) {
@@ -115,30 +157,29 @@ inline void tile(const Product<typename Factor<T>::Word>& p, int64_t row, int64_
                     sums[r][v] = Factor<T>::multiply_add(sums[r][v], a[r * p.a_row], vectors[v]);
         }
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) store(out + r * p.columns + v * LANES, sums[r][v]);
+    for (int r = 0; r < ROWS; r++) out.end(sums[r], row + r, column);
 }
 
 // Sums enough at a time that they need not wait for each other, and no more than there are registers, of which the
 // second factor and what it is multiplied by take some. More than eight rows take more addresses than there are.
-template <class T, bool ADD, int VECTORS>
-void multiply_panels(const Product<typename Factor<T>::Word>& p, float* out) {
+template <class T, int VECTORS, class Out>
+void multiply_panels(const Product<typename Factor<T>::Word>& p, const Out& out) {
     constexpr int ROWS = std::min(8, REGISTERS / 2 / VECTORS);
     for (int64_t column = 0; column < p.columns; column += VECTORS * LANES) {
         int64_t row = 0;
-        for (; row + ROWS <= p.rows; row += ROWS) tile<T, ADD, ROWS, VECTORS>(p, row, column, out);
-        for (; row < p.rows; row++) tile<T, ADD, 1, VECTORS>(p, row, column, out);
+        for (; row + ROWS <= p.rows; row += ROWS) tile<T, ROWS, VECTORS>(p, row, column, out);
+        for (; row < p.rows; row++) tile<T, 1, VECTORS>(p, row, column, out);
     }
 }
 
-// out = sum of a b, or out += that
-template <class T, bool ADD>
-void multiply(const Product<typename Factor<T>::Word>& p, float* out) {
+// The sum of a b, into `out`.
+template <class T, class Out>
+void multiply(const Product<typename Factor<T>::Word>& p, const Out& out) {
     constexpr int VECTORS = REGISTERS / 8;
     switch (Panels(p.columns, p.b_rows).width() / LANES) {
-        case VECTORS: return multiply_panels<T, ADD, VECTORS>(p, out);
-        case VECTORS / 2: return multiply_panels<T, ADD, VECTORS / 2>(p, out);
-        default: return multiply_panels<T, ADD, 1>(p, out);
+        case VECTORS: return multiply_panels<T, VECTORS>(p, out);
+        case VECTORS / 2: return multiply_panels<T, VECTORS / 2>(p, out);
+        default: return multiply_panels<T, 1>(p, out);
     }
 }
 
@@ -169,8 +210,14 @@ public:
 
     void finish() {
         if (!product.count && add) return;
-        (add ? multiply<T, true> : multiply<T, false>)(product, out);
+        multiply<T>(product, Into<float>{out, product.columns, add ? out : nullptr, product.columns});
         product.count = 0, add = true;
+    }
+
+    // The sums go to a map instead, of which the next row is `row_length` on.
+    template <class U>
+    void finish_into(U* map, int64_t row_length) {
+        multiply<T>(product, Into<U, float>{map, row_length, add ? out : nullptr, product.columns});
     }
 };
 

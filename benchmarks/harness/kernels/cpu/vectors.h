@@ -5,7 +5,7 @@
 #include <new>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -32,6 +32,9 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef double Doubles __attribute__((vector_size(8 * LANES)));
+
+constexpr int CHANNELS = 16;  // a row has a multiple of it
+static_assert(CHANNELS % LANES == 0, "rows of channels are taken in whole vectors too");
 
 struct BFloat16 {
     uint16_t bits;
@@ -102,6 +105,24 @@ inline void store(BFloat16* to, Floats value) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
+// The same of vectors side by side.
+template <int N>
+inline void store_all(float* to, const Floats (&values)[N]) {
+    for (int v = 0; v < N; v++) store(to + v * LANES, values[v]);
+}
+
+template <int N>
+inline void store_all(BFloat16* to, const Floats (&values)[N]) {
+    int v = 0;
+#ifdef __AVX512BF16__
+    for (; v + 1 < N; v += 2) {  // two are rounded in the time of one
+        __m512bh halves = _mm512_cvtne2ps_pbh((__m512)values[v + 1], (__m512)values[v]);
+        std::memcpy(to + v * LANES, &halves, sizeof halves);
+    }
+#endif
+    for (; v < N; v++) store(to + v * LANES, values[v]);
+}
+
 inline Floats keep(Ints mask, Floats value) { return (Floats)(mask & (Ints)value); }
 
 inline void add(double* to, Floats value) {
@@ -114,7 +135,11 @@ inline void add(double* to, Floats value) {
 // The output of the ReLU; what is not a number stays so.
 template <bool RELU>
 inline Floats activated(Floats value) {
+#ifdef __AVX512F__
+    return RELU ? (Floats)_mm512_max_ps(_mm512_setzero_ps(), (__m512)value) : value;  // of NaN and zero the second
+#else
     return RELU ? keep(~(value < 0), value) : value;
+#endif
 }
 
 // The gradient that passes it, given its input.
