@@ -233,7 +233,8 @@ def test_the_kernels_are_what_a_network_trains_with():
     units = sum(isinstance(module, ResidualUnit) for module in model.modules())
     changing = sum(isinstance(module, ResidualUnit) and module.downsample is not None for module in model.modules())
     # Where channels change, the first convolution and the shortcut share an activated map. And three masks have heads.
-    assert calls["_NormActConv"] == 3 * units - changing + 2 * 3
+    assert calls["_ResidualUnit"] == units - changing
+    assert calls["_NormActConv"] == 2 * changing + 2 * 3
     assert calls["_NormActConvAndShortcut"] == changing
     assert calls["_Gate"] == 3
     assert calls["aten::convolution"] == 1  # the stem's

@@ -42,6 +42,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "conv3x3_backward": [*[_POINTER] * 7, *[_SIZE] * 6, ctypes.c_int],
     "gate_forward": [*[_POINTER] * 3, _SIZE, ctypes.c_int],
     "gate_backward": [*[_POINTER] * 5, _SIZE, ctypes.c_int],
+    "unit_forward": [*[_POINTER] * 3, *[_SIZE] * 5, ctypes.c_float, ctypes.c_float, ctypes.c_int],
+    "unit_backward": [*[_POINTER] * 4, *[_SIZE] * 5, ctypes.c_int],
 }
 
 
@@ -83,7 +85,7 @@ def kernels_pay() -> bool:
 def _convolution_seconds(ours: bool) -> float:
     """Return the time of a normalised and activated 3x3 convolution, there and back, in our form or in torch's."""
     norm, conv = nn.BatchNorm2d(32).float(), nn.Conv2d(32, 32, 3, padding=1, bias=False).float()
-    x = _channels_last(torch.randn(16, 32, 16, 16, dtype=torch.float32)).requires_grad_()
+    x = channels_last(torch.randn(16, 32, 16, 16, dtype=torch.float32)).requires_grad_()
     started = time.perf_counter()
     y = norm_act_conv(norm, x, conv.weight)[0] if ours else conv(norm(x).relu())
     y.backward(y.detach())
@@ -146,8 +148,12 @@ def _processor(fact: str) -> str:
 def _call(name: str, maps: list[torch.Tensor | None], *numbers: Any) -> None:
     """Call the kernel for the type of the first map."""
     assert maps[0] is not None
-    pointers = [None if m is None else m.data_ptr() for m in maps]
-    getattr(library(), f"{name}_{_SUFFIXES[maps[0].dtype]}")(*pointers, *numbers, torch.get_num_threads())
+    call(name, maps[0].dtype, *(None if m is None else m.data_ptr() for m in maps), *numbers)
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    """Call the kernel for maps of ``dtype``."""
+    getattr(library(), f"{name}_{_SUFFIXES[dtype]}")(*arguments, torch.get_num_threads())
 
 
 def fits(*maps: torch.Tensor) -> bool:
@@ -158,7 +164,7 @@ def fits(*maps: torch.Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last) for x in maps)
 
 
-def _channels_last(x: torch.Tensor) -> torch.Tensor:
+def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -281,7 +287,7 @@ class _BatchNormAct(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, = ctx.saved_tensors
         channels = x.shape[1]
-        grad_y, grad_past = (None if grad is None else _channels_last(grad) for grad in grads)
+        grad_y, grad_past = (None if grad is None else channels_last(grad) for grad in grads)
         if grad_y is None:
             return grad_past, None, None, None, None
         sums = torch.empty(2, channels, dtype=torch.float64)
@@ -298,7 +304,7 @@ def _convolution(
     channels_out, _, size, _ = weight.shape
     y = torch.empty((batch, channels_out, (height - 1) // stride + 1, (width - 1) // stride + 1), dtype=x.dtype,
                     memory_format=torch.channels_last)
-    weight = _channels_last(weight)
+    weight = channels_last(weight)
     if size == 1:
         assert stride == 1
         _call("pointwise_forward", [x, other, y, statistics.saved, weight],
@@ -315,10 +321,10 @@ def _convolution_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of the normalised map and of ``weight``, and the sums over the former, behind the ReLU."""
     batch, channels, height, width = x.shape
-    weight = _channels_last(weight)
+    weight = channels_last(weight)
     grad_norm, grad_weight = torch.empty_like(x), torch.empty_like(weight)
     sums = torch.empty(2, channels, dtype=torch.float64)
-    maps = [_channels_last(grad_y), x, grad_norm, statistics.saved, weight, grad_weight, sums]
+    maps = [channels_last(grad_y), x, grad_norm, statistics.saved, weight, grad_weight, sums]
     if weight.shape[-1] == 1:
         _call("pointwise_backward", maps, batch * height * width, channels, len(weight))
     else:
@@ -341,7 +347,7 @@ class _NormActConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_y, grad_past = (None if grad is None else _channels_last(grad) for grad in grads)
+        grad_y, grad_past = (None if grad is None else channels_last(grad) for grad in grads)
         if grad_y is None:
             return grad_past, *[None] * 6
         grad_norm, grad_weight, sums = _convolution_backward(grad_y, x, weight, ctx.statistics, ctx.stride)
@@ -358,7 +364,7 @@ class _NormActConvAndShortcut(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(x, weight, shortcut_weight)
         ctx.statistics, ctx.stride = statistics, stride
-        seen = _channels_last(x[:, :, ::stride, ::stride])
+        seen = channels_last(x[:, :, ::stride, ::stride])
         return _convolution(x, weight, statistics), _convolution(seen, shortcut_weight, statistics)
 
     @staticmethod
@@ -368,7 +374,7 @@ class _NormActConvAndShortcut(torch.autograd.Function):
         statistics, positions = ctx.statistics, slice(None, None, ctx.stride)
         grad_norm, grad_weight, sums = _convolution_backward(grads[0], x, weight, statistics)
         seen_grad, grad_shortcut_weight, seen_sums = _convolution_backward(
-            grads[1], _channels_last(x[:, :, positions, positions]), shortcut_weight, statistics)
+            grads[1], channels_last(x[:, :, positions, positions]), shortcut_weight, statistics)
         grad_norm[:, :, positions, positions] += seen_grad
         grads_of_norm = _input_gradient(grad_norm, None, x, statistics, sums + seen_sums, False, grad_norm)
         return *grads_of_norm, grad_weight, grad_shortcut_weight, None, None
@@ -392,5 +398,5 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         trunk, logits = ctx.saved_tensors
         grad_trunk, grad_logits = torch.empty_like(trunk), torch.empty_like(logits)
-        _call("gate_backward", [_channels_last(grads[0]), trunk, logits, grad_trunk, grad_logits], trunk.numel())
+        _call("gate_backward", [channels_last(grads[0]), trunk, logits, grad_trunk, grad_logits], trunk.numel())
         return grad_trunk, grad_logits

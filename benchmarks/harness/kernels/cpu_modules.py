@@ -7,6 +7,7 @@ from timm.layers import BatchNormAct2d
 
 from harness.distributed import normalize_globally
 from harness.kernels.cpu_kernels import CHANNELS, batch_norm_act, fits, gate, norm_act_conv, norm_act_conv_and_shortcut
+from harness.kernels.cpu_unit import residual_unit
 from harness.kernels.plain_modules import (
     LAYERS_OF_HEAD,
     DeferrableSigmoid,
@@ -42,11 +43,16 @@ def use_cpu_kernels(model: nn.Module, synced: bool = False) -> None:
 
 
 def _norm_fits(norm: nn.BatchNorm2d, x: torch.Tensor) -> bool:
-    if not (norm.training and norm.track_running_stats and norm.momentum is not None and fits(x)):
+    return fits(x) and _normalizes(norm, x.shape[1])
+
+
+def _normalizes(norm: nn.BatchNorm2d, channels: int) -> bool:
+    """Whether ``norm`` normalises so many channels over the batch, and keeps all that the kernels update."""
+    if not (norm.training and norm.track_running_stats and norm.momentum is not None):
         return False
     numbers = norm.weight, norm.bias, norm.running_mean, norm.running_var
     return norm.num_batches_tracked is not None and all(
-        values is not None and values.dtype is torch.float32 and values.shape == x.shape[1:2] and values.is_contiguous()
+        values is not None and values.dtype is torch.float32 and values.shape == (channels,) and values.is_contiguous()
         for values in numbers)
 
 
@@ -76,8 +82,11 @@ class _BatchNormAct2d(_Norm, BatchNormAct2d):
         return super().forward(x), x
 
     def fits(self, x: torch.Tensor) -> bool:
-        return (type(self.act) in (nn.ReLU, nn.Identity) and type(self.drop) is nn.Identity
-                and are_unobserved(self.act, self.drop) and _norm_fits(self, x))
+        return type(self.act) in (nn.ReLU, nn.Identity) and self.only_acts() and _norm_fits(self, x)
+
+    def only_acts(self) -> bool:
+        """Whether nothing but the activation follows the normalisation, and nobody looks at it."""
+        return type(self.drop) is nn.Identity and are_unobserved(self.act, self.drop)
 
 
 def _norm_act_conv(
@@ -91,12 +100,18 @@ def _norm_act_conv(
     return y if other is None else y + other, past
 
 
+def _is_norm_act(norm: Any) -> bool:
+    return isinstance(norm, _BatchNormAct2d) and type(norm.act) is nn.ReLU and are_unobserved(norm)
+
+
 def _norm_act_fits(norm: Any, x: torch.Tensor) -> bool:
-    return isinstance(norm, _BatchNormAct2d) and type(norm.act) is nn.ReLU and are_unobserved(norm) and norm.fits(x)
+    return _is_norm_act(norm) and norm.fits(x)
 
 
 def _conv_fits(conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None) -> bool:
     """Whether the kernels have this convolution of the map ``x``, and the sum with ``other``."""
+    if type(conv) is not nn.Conv2d:
+        return False
     if conv.kernel_size == (3, 3):
         return other is None and _has_weight(conv, x, 3)
     return _has_weight(conv, x, 1) and conv.stride == (1, 1) and (other is None or (
@@ -105,9 +120,14 @@ def _conv_fits(conv: nn.Conv2d, x: torch.Tensor, other: torch.Tensor | None) -> 
 
 def _has_weight(conv: nn.Conv2d, x: torch.Tensor, size: int) -> bool:
     """Whether ``conv`` has such a weight as the kernels take, of ``size``, for a map like ``x``."""
+    return _is_taken(conv, x.dtype, size) and conv.weight.shape[1] == x.shape[1]
+
+
+def _is_taken(conv: nn.Conv2d, dtype: torch.dtype, size: int) -> bool:
+    """Whether the kernels have ``conv``, of ``size``, for maps of ``dtype``."""
     computed_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    return (x.dtype is computed_in and _is_plain(conv, size) and are_unobserved(conv)
-            and conv.weight.dtype is torch.float32 and conv.weight.shape[1] == x.shape[1])
+    return (dtype is computed_in and _is_plain(conv, size) and are_unobserved(conv)
+            and conv.weight.dtype is torch.float32)
 
 
 def _is_plain(conv: nn.Conv2d, size: int) -> bool:
@@ -128,10 +148,26 @@ def share_of_kernels(model: nn.Module) -> float:
     return taken / max(1, weights)
 
 
+def _unit_fits(unit: Any, x: torch.Tensor) -> bool:
+    """Whether the kernels have this unit as a whole."""
+    norms, convs = (unit.norm1, unit.norm2, unit.norm3), (unit.conv1, unit.conv2, unit.conv3)
+    if unit.downsample is not None or not (
+            fits(x)
+            and all(_is_taken(conv, x.dtype, size) and conv.stride == (1, 1) for conv, size in zip(convs, (1, 3, 1)))
+            and type(unit.drop_path) is nn.Identity and are_unobserved(unit.drop_path)):
+        return False
+    channels = x.shape[1], unit.conv1.out_channels, unit.conv1.out_channels
+    return tuple(conv.weight.shape[:2] for conv in convs) == tuple(zip((*channels[1:], channels[0]), channels)) and all(
+        _is_norm_act(norm) and norm.only_acts() and _normalizes(norm, width) and not norm.synced
+        and norm.eps == norms[0].eps and norm.momentum == norms[0].momentum for norm, width in zip(norms, channels))
+
+
 class _ResidualUnit(ResidualUnit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
+        if _unit_fits(self, x):
+            return residual_unit(x, (self.norm1, self.norm2, self.norm3), (self.conv1, self.conv2, self.conv3))
         if self.downsample is None:
             x, shortcut = _norm_act_conv(self.norm1, self.conv1, x)
         elif _norm_act_fits(self.norm1, x) and all(_has_weight(conv, x, 1) for conv in (self.conv1, self.downsample)):

@@ -8,6 +8,7 @@
 #include "gate.h"
 #include "norm.h"
 #include "pointwise.h"
+#include "unit.h"
 
 // The types of the maps, as functions that ctypes finds by name.
 #define EXPORT(TYPE, SUFFIX)                                                                                          \
@@ -59,6 +60,16 @@
     void gate_backward_##SUFFIX(const TYPE* grad_y, const TYPE* trunk, const TYPE* logits, TYPE* grad_trunk,          \
                                 TYPE* grad_logits, int64_t values, int threads) {                                     \
         gate_backward(grad_y, trunk, logits, grad_trunk, grad_logits, values, threads);                               \
+    }                                                                                                                 \
+    void unit_forward_##SUFFIX(TYPE* const* maps, const Layer* layers, float* saved, int64_t batch, int64_t height,   \
+                               int64_t width, int64_t channels, int64_t inner, float eps, float momentum,             \
+                               int threads) {                                                                         \
+        unit_forward(maps, layers, saved, {batch, height, width, channels, inner}, eps, momentum, threads);           \
+    }                                                                                                                 \
+    void unit_backward_##SUFFIX(TYPE* const* maps, const float* const* weights, const LayerGradients* grads,          \
+                                float* saved, int64_t batch, int64_t height, int64_t width, int64_t channels,         \
+                                int64_t inner, int threads) {                                                         \
+        unit_backward(maps, weights, grads, saved, {batch, height, width, channels, inner}, threads);                 \
     }
 
 extern "C" {

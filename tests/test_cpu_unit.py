@@ -1,0 +1,116 @@
+"""A residual unit in one kernel each way: the numbers of torch, and the units that go layer by layer instead."""
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from harness.kernels.cpu_kernels import library
+from harness.kernels.cpu_modules import _unit_fits, use_cpu_kernels
+from ran_layers import ResidualUnit
+
+pytestmark = pytest.mark.skipif(library() is None, reason="the kernels cannot be built here")
+
+
+def unit_and_twin(channels: int, **unit_args) -> tuple[nn.Module, nn.Module]:
+    """Return a unit with random normalisation and the same one in float64 as torch has it."""
+    unit = ResidualUnit(channels, **unit_args).to(memory_format=torch.channels_last)
+    for norm in (unit.norm1, unit.norm2, unit.norm3):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+    twin = copy.deepcopy(unit).double()
+    use_cpu_kernels(unit)
+    return unit, twin
+
+
+def maps(channels: int = 64, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (2 * torch.randn(6, channels, 5, 4) + 1).to(dtype, memory_format=torch.channels_last).requires_grad_()
+
+
+def ran_as_a_whole(output: torch.Tensor) -> bool:
+    return type(output.grad_fn).__name__ == "_ResidualUnitBackward"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "bottle_ratio"), [(64, 0.25), (192, 0.25), (32, 1)])
+def test_outputs_gradients_and_statistics_are_those_of_torch(channels, bottle_ratio, dtype, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    unit, exact = unit_and_twin(channels, bottle_ratio=bottle_ratio)
+    units = unit, copy.deepcopy(exact).float(), exact  # ours, torch's of the same type, and what both should be
+    x = maps(channels, dtype)
+    inputs = x, x.detach().requires_grad_(), x.detach().double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        outputs = [units[i](inputs[i]) for i in (0, 1)] + [exact(inputs[2])]
+    assert ran_as_a_whole(outputs[0])
+    assert outputs[0].dtype is dtype
+    assert outputs[0].is_contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(outputs[0].shape).to(dtype)  # which comes in the other memory order
+    for output in outputs:
+        output.backward(grad.to(output.dtype))
+    for i, value in enumerate((outputs, [x.grad for x in inputs])):
+        assert_as_exact_as_torch(("output", "input")[i], *value)
+    for name, parameter in unit.named_parameters():
+        assert_as_exact_as_torch(name, parameter.grad, *(other.get_parameter(name).grad for other in units[1:]))
+    for name, buffer in unit.named_buffers():
+        assert_as_exact_as_torch(name, buffer, *(other.get_buffer(name) for other in units[1:]))
+
+
+def assert_as_exact_as_torch(name: str, ours: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> None:
+    """Compare with torch's own error: in bfloat16, many a value comes to the other side of a ReLU's kink."""
+    exact = exact.double()
+    error, torchs_error = ((value.double() - exact).norm().item() for value in (ours, torchs))
+    assert error <= max(1.2 * torchs_error, 1e-4 * exact.norm().item()), name
+
+
+def test_what_is_frozen_has_no_gradient():
+    unit, _ = unit_and_twin(64)
+    unit.conv2.weight.requires_grad_(False)
+    unit.norm1.bias.requires_grad_(False)
+    output = unit(maps().detach())
+    assert ran_as_a_whole(output)
+    output.sum().backward()
+    assert [name for name, parameter in unit.named_parameters() if parameter.grad is None] == [
+        "norm1.bias", "conv2.weight"]
+
+
+def change(unit: nn.Module, case: str) -> None:
+    if case == "eps":
+        unit.norm2.eps = 0.1
+    elif case == "momentum":
+        unit.norm3.momentum = 0.5
+    elif case == "evaluation":
+        unit.norm2.eval()
+    elif case == "hook":
+        unit.norm3.act.register_forward_hook(lambda module, args, output: 2 * output)
+    elif case == "activation":
+        unit.norm2.act = nn.SiLU()
+    elif case == "grouped":
+        unit.conv2 = nn.Conv2d(16, 16, 3, padding=1, groups=4, bias=False, dtype=unit.conv2.weight.dtype)
+        nn.init.constant_(unit.conv2.weight, 0.1)
+    elif case == "another module":
+        unit.conv3 = nn.Sequential(unit.conv3, nn.Identity())
+
+
+@pytest.mark.parametrize("case", [
+    "eps", "momentum", "evaluation", "hook", "activation", "grouped", "another module"])
+def test_other_units_go_layer_by_layer(case):
+    unit, twin = unit_and_twin(64)
+    change(unit, case), change(twin, case)
+    x = maps()
+    y, wanted = unit(x), twin(x.double())
+    assert not ran_as_a_whole(y)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-4)
+    for name, buffer in unit.named_buffers():
+        torch.testing.assert_close(buffer.double(), twin.get_buffer(name).double(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_normalisation_over_all_processes_goes_layer_by_layer():
+    unit, _ = unit_and_twin(64)
+    assert _unit_fits(unit, maps())
+    unit.norm2.synced = True  # as use_cpu_kernels(synced=True) leaves all of them
+    assert not _unit_fits(unit, maps())
