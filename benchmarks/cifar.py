@@ -43,7 +43,7 @@ from harness.errors import RunError, one_line_errors
 from harness.evaluate import evaluate
 from harness.export import export_model, load_exported, load_pretrained
 from harness.gpu import check_gpu_kernels, choose_kernels, price_of_determinism
-from harness.kernels.cpu_kernels import kernels_pay, why_no_kernels
+from harness.kernels.cpu_choice import kernels_pay, why_no_kernels
 from harness.network import build_model, load_initial_weights
 from harness.options import check_eval_only, parse_args
 from harness.precision import exact_float32, pick_precision

@@ -39,7 +39,7 @@ from harness.display import count, duration
 from harness.environment import hardware, launcher, machine, pick_device
 from harness.errors import RunError, one_line_errors
 from harness.evaluate import count_macs
-from harness.kernels.cpu_kernels import chooses_kernels
+from harness.kernels.cpu_choice import chooses_kernels
 from harness.precision import pick_precision
 from studies.experiments import EXPERIMENTS, TABLES, Experiment
 from studies.report import read_page, write_report

@@ -13,8 +13,9 @@ from timm.layers import BatchNormAct2d
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from harness.kernels import cpu_kernels
-from harness.kernels.cpu_kernels import gate, library, norm_act_conv
+from harness.kernels import cpu_library
+from harness.kernels.cpu_kernels import gate, norm_act_conv
+from harness.kernels.cpu_library import library
 from harness.kernels.cpu_modules import use_cpu_kernels
 from ran_layers import AttentionModule, ResidualUnit, ResidualUnitDown, record_masks
 
@@ -202,7 +203,7 @@ def test_norm_relu_and_3x3_convolution(shape, dtype, stride, threads, monkeypatc
 
 
 @needs_compiler
-@pytest.mark.skipif("avx512_bf16" not in cpu_kernels._processor("flags"), reason="the processor has no AVX512-BF16")
+@pytest.mark.skipif("avx512_bf16" not in cpu_library._processor("flags"), reason="the processor has no AVX512-BF16")
 @pytest.mark.parametrize("shape", [(4, 16, 64, 6, 7), (3, 512, 128, 1, 1)])
 @pytest.mark.parametrize("size", [1, 3])
 def test_bfloat16_multiplied_in_pairs_and_widened(size, shape, monkeypatch):
@@ -212,8 +213,8 @@ def test_bfloat16_multiplied_in_pairs_and_widened(size, shape, monkeypatch):
     weight, results = torch.randn(channels_out, channels, size, size) / channels ** 0.5, []
     norm, _ = norm_and_twin(channels, relu=True)
     for pairs in (True, False):
-        monkeypatch.setattr(cpu_kernels, "multiplies_bf16", lambda pairs=pairs: pairs)
-        monkeypatch.setattr(cpu_kernels, "library", functools.cache(library.__wrapped__))
+        monkeypatch.setattr(cpu_library, "multiplies_bf16", lambda pairs=pairs: pairs)
+        monkeypatch.setattr(cpu_library, "library", functools.cache(library.__wrapped__))
         inputs = [tensor.clone().requires_grad_() for tensor in (x, weight)]
         y, _ = norm_act_conv(norm, inputs[0], inputs[1])
         y.backward(torch.ones_like(y))

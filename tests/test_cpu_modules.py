@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from harness.kernels.cpu_kernels import library
+from harness.kernels.cpu_library import library
 from harness.kernels.cpu_modules import use_cpu_kernels
 from ran_layers import AttentionModule, ResidualUnit, insert_attention
 from ran_layers.layers.mask_branch import MaskActivation

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from harness.kernels.cpu_kernels import library
+from harness.kernels.cpu_library import library
 from harness.kernels.cpu_modules import _unit_fits, use_cpu_kernels
 from ran_layers import ResidualUnit
 

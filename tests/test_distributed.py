@@ -19,7 +19,7 @@ import cifar  # noqa: E402
 
 from harness.data import load_dataset  # noqa: E402
 from harness.distributed import World, data_parallel, leave_world  # noqa: E402
-from harness.kernels.cpu_kernels import library  # noqa: E402
+from harness.kernels.cpu_library import library  # noqa: E402
 from harness.recipes import make_recipe  # noqa: E402
 from harness.trainer import Trainer  # noqa: E402
 

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import cifar
 
 from harness import precision
-from harness.kernels import cpu_kernels
-from harness.kernels.cpu_kernels import kernels_pay, library, why_no_kernels
+from harness.kernels import cpu_choice, cpu_library
+from harness.kernels.cpu_choice import kernels_pay, why_no_kernels
+from harness.kernels.cpu_library import library
 from harness.kernels.cpu_modules import share_of_kernels
 from harness.precision import pick_precision
 
@@ -50,8 +51,8 @@ def test_obstacles_are_named(monkeypatch, capsys, tmp_path):
     assert "the device is cuda" in why_no_kernels(torch.device("cuda"), "off")
     assert "--compile" in why_no_kernels(CPU, "units")
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: None)
-    monkeypatch.setattr(cpu_kernels, "library", library.__wrapped__)
+    monkeypatch.setattr(cpu_library.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cpu_choice, "library", library.__wrapped__)
     assert "no C++ compiler" in why_no_kernels(CPU, "off")
     with pytest.raises(SystemExit):
         cifar.main(["--dataset", "digits", "--device", "cpu", "--cpu-kernels", "--out", str(tmp_path / "run")])
@@ -70,7 +71,7 @@ def test_kernels_are_built_where_there_is_a_compiler(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.skipif(not {"avx2", "avx512f"} & set(cpu_kernels._processor("flags").split()),
+@pytest.mark.skipif(not {"avx2", "avx512f"} & set(cpu_library._processor("flags").split()),
                     reason="where vectors are short, torch's kernels may be faster")
 def test_kernels_are_worth_their_use_here():
     """Vectors wider than the processor's once made them nine times slower than torch's, and no test knew."""
@@ -80,7 +81,7 @@ def test_kernels_are_worth_their_use_here():
 @needs_compiler
 @pytest.mark.parametrize(("flags", "used"), [([], False), (["--cpu-kernels"], True)])
 def test_kernels_that_are_slow_are_used_only_if_asked_for(monkeypatch, capsys, tmp_path, flags, used):
-    monkeypatch.setattr(cpu_kernels, "_convolution_seconds", lambda ours: 3.0 if ours else 1.0)
+    monkeypatch.setattr(cpu_choice, "_convolution_seconds", lambda ours: 3.0 if ours else 1.0)
     monkeypatch.setattr(cifar, "kernels_pay", kernels_pay.__wrapped__)
     out = tmp_path / "run"
     cifar.main(["--model", "plain_cnn8_cifar", "--dataset", "digits", "--device", "cpu", "--limit", "64",

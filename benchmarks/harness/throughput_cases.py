@@ -21,7 +21,7 @@ from harness.environment import default_compile_mode, synchronize
 from harness.errors import RunError, first_line
 from harness.evaluate import count_macs
 from harness.gpu import HalfWeights, Replayed
-from harness.kernels.cpu_kernels import chooses_kernels
+from harness.kernels.cpu_choice import chooses_kernels
 from harness.precision import pick_precision
 from harness.recipes import Recipe, make_optimizer
 from harness.trainer import Trainer

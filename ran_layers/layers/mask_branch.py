@@ -113,7 +113,7 @@ def check_map_size(x: torch.Tensor, depth: int) -> torch.Tensor:
     return x
 
 
-class _UpStep(nn.Module):
+class UpStep(nn.Module):
     """One step of the way up: upsample to the size of the step's feature map, add the skip connection, refine."""
 
     def __init__(self, skip: nn.Module | None, units: nn.Module) -> None:
@@ -121,8 +121,12 @@ class _UpStep(nn.Module):
         self.skip = skip
         self.units = units
 
+    def upsample(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` at the height and width of ``target``; where a subclass may do it in another way."""
+        return upsample_to(x, target)
+
     def forward(self, x: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
-        x = upsample_to(x, feature)
+        x = self.upsample(x, feature)
         if self.skip is not None:
             x = x + self.skip(feature)
         return self.units(x)
@@ -200,10 +204,14 @@ class SoftMaskBranch(nn.Module, HubMixin):
         )
         self.bottom = nn.Sequential(*units(r))
         self.up = nn.ModuleList(
-            _UpStep(units(1)[0] if level <= skips else None, nn.Sequential(*units(r)))
+            UpStep(units(1)[0] if level <= skips else None, nn.Sequential(*units(r)))
             for level in range(mask_depth - 1, 0, -1)
         )
         self.head = MaskHead(channels, mask_act=mask_act, preact=is_preact(unit_layer), **layer_args)
+
+    def upsample(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` at the height and width of ``target``; where a subclass may do it in another way."""
+        return upsample_to(x, target)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = check_map_size(x, self.mask_depth)
@@ -214,7 +222,7 @@ class SoftMaskBranch(nn.Module, HubMixin):
         x = self.bottom(features.pop())
         for up in self.up:
             x = up(x, features.pop())
-        return self.head(upsample_to(x, features.pop()))
+        return self.head(self.upsample(x, features.pop()))
 
 
 class LocalMaskBranch(nn.Sequential, HubMixin):

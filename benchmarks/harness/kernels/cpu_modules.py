@@ -1,4 +1,4 @@
-"""Modules of a network that train with the kernels of `cpu_kernels.py`."""
+"""Modules of a network that train with the kernels of `cpu_library.py`."""
 from typing import Any
 
 import torch
@@ -6,7 +6,9 @@ import torch.nn as nn
 from timm.layers import BatchNormAct2d
 
 from harness.distributed import normalize_globally
-from harness.kernels.cpu_kernels import CHANNELS, batch_norm_act, fits, gate, norm_act_conv, norm_act_conv_and_shortcut
+from harness.kernels.cpu_kernels import batch_norm_act, gate, norm_act_conv, norm_act_conv_and_shortcut
+from harness.kernels.cpu_library import CHANNELS, fits
+from harness.kernels.cpu_resample import max_pool, upsample
 from harness.kernels.cpu_unit import residual_unit
 from harness.kernels.plain_modules import (
     LAYERS_OF_HEAD,
@@ -17,13 +19,13 @@ from harness.kernels.plain_modules import (
     is_plain_conv,
     logits_of,
 )
-from ran_layers import AttentionModule, ResidualUnit, ResidualUnitDown
+from ran_layers import AttentionModule, ResidualUnit, ResidualUnitDown, SoftMaskBranch
 from ran_layers.layers.attention_module import check_input, check_trunk_shape
-from ran_layers.layers.mask_branch import MaskHead
+from ran_layers.layers.mask_branch import MaskHead, UpStep
 
 
 def use_cpu_kernels(model: nn.Module, synced: bool = False) -> None:
-    """Let ``model`` train with the kernels, where :func:`cpu_kernels.why_no_kernels` says nothing.
+    """Let ``model`` train with the kernels, where :func:`cpu_choice.why_no_kernels` says nothing.
 
     Batch normalisation with the ReLU and the convolution after it, the sum of a residual unit and the gate of an
     Attention Module change the way they are computed in training. Parameters, statistics and what the model does in
@@ -193,7 +195,7 @@ class _MaskHead(MaskHead):
 
 class _AttentionModule(AttentionModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plain = has_plain_gate(self, DeferrableSigmoid, (MaskHead, _MaskHead))
+        plain = has_plain_gate(self, DeferrableSigmoid, (_SoftMaskBranch, _MaskHead))
         if not (self.training and plain and ends_in_gate(self)):
             return super().forward(x)
         x = self.pre(check_input(x, self.channels, self.mask_depth))
@@ -205,6 +207,33 @@ class _AttentionModule(AttentionModule):
         return self.post(x)
 
 
+class _MaxPool2d(nn.MaxPool2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        sizes = self.kernel_size, self.stride, self.padding, self.dilation, self.return_indices, self.ceil_mode
+        return max_pool(input) if self.training and sizes == (3, 2, 1, 1, False, False) and fits(input) else (
+            super().forward(input))
+
+
+class _Upsampling:
+    """What upsamples: a step of a soft mask branch, and its end."""
+
+    training: bool
+
+    def upsample(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if self.training and fits(x):
+            return upsample(x, *target.shape[-2:])
+        return super().upsample(x, target)  # type: ignore[misc]
+
+
+class _UpStep(_Upsampling, UpStep):
+    pass
+
+
+class _SoftMaskBranch(_Upsampling, SoftMaskBranch):
+    pass
+
+
 _FASTER: dict[type, type] = {
     nn.BatchNorm2d: _BatchNorm2d, BatchNormAct2d: _BatchNormAct2d, ResidualUnit: _ResidualUnit,
-    ResidualUnitDown: _ResidualUnit, MaskHead: _MaskHead}
+    ResidualUnitDown: _ResidualUnit, MaskHead: _MaskHead, nn.MaxPool2d: _MaxPool2d, UpStep: _UpStep,
+    SoftMaskBranch: _SoftMaskBranch}

@@ -1,4 +1,4 @@
-"""A residual unit that trains with the kernels of `cpu_kernels.py`, in one call each way.
+"""A residual unit that trains with the kernels of `cpu_library.py`, in one call each way.
 
 Through its three layers one by one, Python and autograd take a sixth of the time of the calculation.
 """
@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 
-from harness.kernels.cpu_kernels import call, channels_last
+from harness.kernels.cpu_library import call, channels_last
 
 
 def residual_unit(x: torch.Tensor, norms: Sequence[nn.BatchNorm2d], convs: Sequence[nn.Conv2d]) -> torch.Tensor:

@@ -29,7 +29,7 @@ from harness.kernels.plain_modules import (
 )
 from ran_layers import AttentionModule, ResidualUnit, SoftMaskBranch
 from ran_layers.layers.attention_module import check_input, check_trunk_shape
-from ran_layers.layers.mask_branch import MaskHead, _UpStep, check_map_size, upsample_to
+from ran_layers.layers.mask_branch import MaskHead, UpStep, upsample_to
 
 
 def use_gpu_kernels(model: nn.Module, full: dict[nn.Parameter, nn.Parameter] | None = None) -> Zeros:
@@ -58,7 +58,7 @@ def use_gpu_kernels(model: nn.Module, full: dict[nn.Parameter, nn.Parameter] | N
             module.mask.head.act.__class__ = DeferrableSigmoid
         elif type(module) is SoftMaskBranch and are_unobserved(module):
             module.__class__ = FusedSoftMaskBranch
-        elif type(module) is _UpStep and are_unobserved(module):
+        elif type(module) is UpStep and are_unobserved(module):
             module.__class__ = FusedUpStep
         if isinstance(module, _Fused):
             module.kernel_zeros = zeros
@@ -248,7 +248,7 @@ def _upsample_to(
     return x if other is None else x + other
 
 
-class FusedUpStep(_Fused, _UpStep):
+class FusedUpStep(_Fused, UpStep):
     """A step of the way up: to twice the size, with the skip connection, in one kernel."""
 
     def forward(self, x: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
@@ -259,11 +259,5 @@ class FusedUpStep(_Fused, _UpStep):
 class FusedSoftMaskBranch(_Fused, SoftMaskBranch):
     """A soft mask branch whose last step up is one kernel."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = [check_map_size(x, self.mask_depth)]
-        for down in self.down:
-            features.append(down(features[-1]))
-        x = self.bottom(features.pop())
-        for up in self.up:
-            x = up(x, features.pop())
-        return self.head(_upsample_to(self, x, features.pop()))
+    def upsample(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return _upsample_to(self, x, target)

@@ -1,4 +1,4 @@
-// The kernels that cpu_kernels.py builds with the system's compiler, without torch's headers, and calls by name.
+// The kernels that cpu_library.py builds with the system's compiler, without torch's headers, and calls by name.
 //
 // Maps are channels-last, seen as (rows, channels) with rows = batch * height * width, in float or bfloat16; everything
 // per channel is float, what is exchanged between processes double.
@@ -8,6 +8,7 @@
 #include "gate.h"
 #include "norm.h"
 #include "pointwise.h"
+#include "resample.h"
 #include "unit.h"
 
 // The types of the maps, as functions that ctypes finds by name.
@@ -60,6 +61,23 @@
     void gate_backward_##SUFFIX(const TYPE* grad_y, const TYPE* trunk, const TYPE* logits, TYPE* grad_trunk,          \
                                 TYPE* grad_logits, int64_t values, int threads) {                                     \
         gate_backward(grad_y, trunk, logits, grad_trunk, grad_logits, values, threads);                               \
+    }                                                                                                                 \
+    void pool_forward_##SUFFIX(const TYPE* x, TYPE* y, uint8_t* taps, int64_t batch, int64_t height, int64_t width,   \
+                               int64_t channels, int64_t low_height, int64_t low_width, int threads) {                \
+        pool_forward(x, y, taps, {batch, height, width, channels, low_height, low_width}, threads);                   \
+    }                                                                                                                 \
+    void pool_backward_##SUFFIX(const TYPE* grad_y, const uint8_t* taps, TYPE* grad_x, int64_t batch,                 \
+                                int64_t height, int64_t width, int64_t channels, int64_t low_height,                  \
+                                int64_t low_width, int threads) {                                                     \
+        pool_backward(grad_y, taps, grad_x, {batch, height, width, channels, low_height, low_width}, threads);        \
+    }                                                                                                                 \
+    void upsample_forward_##SUFFIX(const TYPE* x, TYPE* y, int64_t batch, int64_t height, int64_t width,              \
+                                   int64_t channels, int64_t low_height, int64_t low_width, int threads) {            \
+        upsample_forward(x, y, {batch, height, width, channels, low_height, low_width}, threads);                     \
+    }                                                                                                                 \
+    void upsample_backward_##SUFFIX(const TYPE* grad_y, TYPE* grad_x, int64_t batch, int64_t height, int64_t width,   \
+                                    int64_t channels, int64_t low_height, int64_t low_width, int threads) {           \
+        upsample_backward(grad_y, grad_x, {batch, height, width, channels, low_height, low_width}, threads);          \
     }                                                                                                                 \
     void unit_forward_##SUFFIX(TYPE* const* maps, const Layer* layers, float* saved, int64_t batch, int64_t height,   \
                                int64_t width, int64_t channels, int64_t inner, float eps, float momentum,             \

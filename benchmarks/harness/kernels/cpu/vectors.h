@@ -5,11 +5,11 @@
 #include <new>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
-// Whether bfloat16 values are multiplied in pairs: where cpu_kernels.py says that the processor is fast at it, and the
+// Whether bfloat16 values are multiplied in pairs: where cpu_library.py says that the processor is fast at it, and the
 // compiler has the instruction too.
 #if defined(PREFER_BF16_PRODUCTS) && defined(__AVX512BF16__)
 #define BF16_PRODUCTS 1
