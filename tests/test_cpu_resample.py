@@ -48,6 +48,15 @@ def test_what_is_not_a_number_is_the_largest():
     torch.testing.assert_close(max_pool(x), F.max_pool2d(x, 3, 2, 1), equal_nan=True)
 
 
+def test_the_first_of_equal_values_has_the_gradient():
+    for value in (0.0, -torch.inf):
+        x = torch.full((1, 16, 4, 4), value).contiguous(memory_format=torch.channels_last).requires_grad_()
+        twin = x.detach().clone().requires_grad_()
+        max_pool(x).sum().backward()
+        F.max_pool2d(twin, 3, 2, 1).sum().backward()
+        assert torch.equal(x.grad, twin.grad)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 9), (3, 30)])
@@ -68,12 +77,33 @@ def test_upsampling_is_that_of_torch(shape, size, dtype, threads, monkeypatch):
 
 def test_a_mask_branch_trains_with_them():
     branch = SoftMaskBranch(64, mask_depth=2).to(memory_format=torch.channels_last)
+    twin, x = copy.deepcopy(branch), torch.randn(4, 64, 9, 6).contiguous(memory_format=torch.channels_last)
     use_cpu_kernels(branch)
     with torch.profiler.profile() as profile:
-        branch(maps((2, 64, 9, 6), torch.float32)).sum().backward()
+        output = branch(x)
+        output.square().sum().backward()
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["_MaxPool"] == calls["_Upsample"] == 2
     assert not [name for name in calls if "max_pool2d" in name or "upsample_" in name]
+    wanted = twin(x)
+    wanted.square().sum().backward()
+    torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(branch.parameters(), twin.parameters(), strict=True):
+        # Next to the kink of a ReLU, rounding decides about a value.
+        assert (ours.grad - theirs.grad).norm() <= 1e-2 * theirs.grad.norm() + 1e-5
+    torch.testing.assert_close(branch.eval()(x), twin.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["channels", "layout"])
+def test_maps_that_do_not_fit_are_upsampled_by_torch(case):
+    channels = 24 if case == "channels" else 16
+    branch = SoftMaskBranch(channels)
+    twin, x = copy.deepcopy(branch), torch.randn(2, channels, 6, 6)
+    use_cpu_kernels(branch)
+    low = x[:, :, ::2, ::2].contiguous(
+        memory_format=torch.contiguous_format if case == "layout" else torch.channels_last).requires_grad_()
+    assert "_UpsampleBackward" not in type(branch.upsample(low, x).grad_fn).__name__
+    assert torch.equal(branch.upsample(low, x), twin.upsample(low, x))
 
 
 OTHER_POOLINGS = {

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from harness.kernels.cpu_library import library
 from harness.kernels.cpu_modules import _unit_fits, use_cpu_kernels
-from ran_layers import ResidualUnit
+from ran_layers import ResidualUnit, fuse
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the kernels cannot be built here")
 
@@ -78,6 +78,60 @@ def test_what_is_frozen_has_no_gradient():
         "norm1.bias", "conv2.weight"]
 
 
+def test_the_default_type_of_torch_may_be_another():
+    unit, exact = unit_and_twin(64)
+    x = maps()
+    torch.set_default_dtype(torch.float64)
+    try:
+        output = unit(x)
+        assert ran_as_a_whole(output)
+        output.square().sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    exact(x.detach().double()).square().sum().backward()
+    for name, parameter in unit.named_parameters():
+        wanted = exact.get_parameter(name).grad
+        assert (parameter.grad.double() - wanted).norm() <= 1e-4 * wanted.norm(), name
+
+
+def test_weights_in_the_other_memory_order_and_two_calls_before_a_backward():
+    unit, exact = unit_and_twin(64)
+    with torch.no_grad():
+        unit.conv2.weight.set_(unit.conv2.weight.contiguous(memory_format=torch.contiguous_format))
+    assert not unit.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    inputs = maps(), maps()
+    for module, dtype in ((unit, torch.float32), (exact, torch.float64)):
+        outputs = [module(x.detach().to(dtype)) for x in inputs]
+        assert ran_as_a_whole(outputs[0]) is (module is unit)
+        (outputs[0].square().sum() + outputs[1].pow(4).sum()).backward()
+    for name, parameter in unit.named_parameters():
+        wanted = exact.get_parameter(name).grad
+        assert (parameter.grad.double() - wanted).norm() <= 1e-4 * wanted.norm(), name
+    assert unit.norm1.num_batches_tracked == 2
+
+
+def test_gradients_of_one_sign_over_large_maps_keep_more_digits_than_those_of_torch():
+    unit, exact = unit_and_twin(64)
+    torchs = copy.deepcopy(exact).float()
+    x = torch.randn(16, 64, 56, 56).contiguous(memory_format=torch.channels_last)
+    for module in (unit, torchs, exact):
+        module(x.to(module.conv1.weight.dtype)).sum().backward()
+    errors = [
+        sum((parameter.grad.double() - wanted.grad).norm() / wanted.grad.norm()
+            for parameter, wanted in zip(module.parameters(), exact.parameters(), strict=True))
+        for module in (unit, torchs)]
+    assert errors[0] < errors[1]
+
+
+def test_what_was_trained_with_them_is_traced_and_folded():
+    unit = nn.Sequential(ResidualUnit(64), ResidualUnit(64))
+    use_cpu_kernels(unit)
+    unit(maps())
+    unit.eval()
+    x = maps().detach()
+    torch.testing.assert_close(fuse(copy.deepcopy(unit))(x), unit(x), rtol=1e-4, atol=1e-4)
+
+
 def change(unit: nn.Module, case: str) -> None:
     if case == "eps":
         unit.norm2.eps = 0.1
@@ -92,12 +146,17 @@ def change(unit: nn.Module, case: str) -> None:
     elif case == "grouped":
         unit.conv2 = nn.Conv2d(16, 16, 3, padding=1, groups=4, bias=False, dtype=unit.conv2.weight.dtype)
         nn.init.constant_(unit.conv2.weight, 0.1)
+    elif case == "counter":
+        unit.norm1.num_batches_tracked = unit.norm1.num_batches_tracked.int()
+    elif case == "size of a weight":
+        unit.conv2.weight = nn.Parameter(unit.conv2.weight[:, :, 1:2, 1:2].detach())
+        unit.conv2.padding = (0, 0)
     elif case == "another module":
         unit.conv3 = nn.Sequential(unit.conv3, nn.Identity())
 
 
 @pytest.mark.parametrize("case", [
-    "eps", "momentum", "evaluation", "hook", "activation", "grouped", "another module"])
+    "eps", "momentum", "evaluation", "hook", "activation", "grouped", "counter", "size of a weight", "another module"])
 def test_other_units_go_layer_by_layer(case):
     unit, twin = unit_and_twin(64)
     change(unit, case), change(twin, case)

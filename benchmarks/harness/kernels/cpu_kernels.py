@@ -104,8 +104,8 @@ def _input_gradient(
     rows = x.numel() // channels
     grad_weight, grad_bias = (torch.empty(channels, dtype=torch.float32) for _ in range(2))
     call_with_maps("norm_input_gradient",
-          [grad, grad_past, x, grad_x, statistics.saved, own_sums, sums, grad_weight, grad_bias],
-          rows, statistics.processes * rows, channels, relu)
+                   [grad, grad_past, x, grad_x, statistics.saved, own_sums, sums, grad_weight, grad_bias],
+                   rows, statistics.processes * rows, channels, relu)
     return grad_x, grad_weight, grad_bias
 
 
@@ -148,7 +148,7 @@ def _convolution(
     if size == 1:
         assert stride == 1
         call_with_maps("pointwise_forward", [x, other, y, statistics.saved, weight],
-              batch * height * width, channels, channels_out)
+                       batch * height * width, channels, channels_out)
     else:
         assert other is None
         call_with_maps("conv3x3_forward", [x, y, statistics.saved, weight],

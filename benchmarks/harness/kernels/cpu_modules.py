@@ -27,9 +27,10 @@ from ran_layers.layers.mask_branch import MaskHead, UpStep
 def use_cpu_kernels(model: nn.Module, synced: bool = False) -> None:
     """Let ``model`` train with the kernels, where :func:`cpu_choice.why_no_kernels` says nothing.
 
-    Batch normalisation with the ReLU and the convolution after it, the sum of a residual unit and the gate of an
-    Attention Module change the way they are computed in training. Parameters, statistics and what the model does in
-    evaluation stay as they are, and maps that the kernels do not take go torch's way.
+    Batch normalisation with the ReLU and the convolution after it, residual units, the gate of an Attention Module, and
+    the pooling and upsampling of its mask change the way they are computed in training, once differentiable.
+    Parameters, statistics and what the model does in evaluation stay as they are, and maps that the kernels do not take
+    go torch's way.
 
     Args:
         synced: Normalise over the batches of all processes.
@@ -45,15 +46,15 @@ def use_cpu_kernels(model: nn.Module, synced: bool = False) -> None:
 
 
 def _norm_fits(norm: nn.BatchNorm2d, x: torch.Tensor) -> bool:
-    return fits(x) and _normalizes(norm, x.shape[1])
+    return norm.training and fits(x) and _normalizes(norm, x.shape[1])
 
 
 def _normalizes(norm: nn.BatchNorm2d, channels: int) -> bool:
     """Whether ``norm`` normalises so many channels over the batch, and keeps all that the kernels update."""
     if not (norm.training and norm.track_running_stats and norm.momentum is not None):
         return False
-    numbers = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    return norm.num_batches_tracked is not None and all(
+    numbers, counter = (norm.weight, norm.bias, norm.running_mean, norm.running_var), norm.num_batches_tracked
+    return counter is not None and counter.dtype is torch.int64 and all(
         values is not None and values.dtype is torch.float32 and values.shape == (channels,) and values.is_contiguous()
         for values in numbers)
 
@@ -159,7 +160,8 @@ def _unit_fits(unit: Any, x: torch.Tensor) -> bool:
             and type(unit.drop_path) is nn.Identity and are_unobserved(unit.drop_path)):
         return False
     channels = x.shape[1], unit.conv1.out_channels, unit.conv1.out_channels
-    return tuple(conv.weight.shape[:2] for conv in convs) == tuple(zip((*channels[1:], channels[0]), channels)) and all(
+    shapes = [(out, into, size, size) for out, into, size in zip((*channels[1:], channels[0]), channels, (1, 3, 1))]
+    return [tuple(conv.weight.shape) for conv in convs] == shapes and all(
         _is_norm_act(norm) and norm.only_acts() and _normalizes(norm, width) and not norm.synced
         and norm.eps == norms[0].eps and norm.momentum == norms[0].momentum for norm, width in zip(norms, channels))
 
@@ -195,7 +197,7 @@ class _MaskHead(MaskHead):
 
 class _AttentionModule(AttentionModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plain = has_plain_gate(self, DeferrableSigmoid, (_SoftMaskBranch, _MaskHead))
+        plain = has_plain_gate(self, DeferrableSigmoid, (_SoftMaskBranch,), (_MaskHead,))
         if not (self.training and plain and ends_in_gate(self)):
             return super().forward(x)
         x = self.pre(check_input(x, self.channels, self.mask_depth))

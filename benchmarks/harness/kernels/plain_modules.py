@@ -24,16 +24,19 @@ def is_plain_conv(conv: nn.Module, size: int) -> bool:
         and conv.padding == (size // 2, size // 2) and conv.stride[0] == conv.stride[1])
 
 
-def has_plain_gate(module: AttentionModule, act: type = MaskActivation, ours: tuple[type, ...] = ()) -> bool:
+def has_plain_gate(
+        module: AttentionModule, act: type = MaskActivation, branches: tuple[type, ...] = (),
+        heads: tuple[type, ...] = (),
+) -> bool:
     """Whether the mask ends in a plain sigmoid, of the class ``act``, and weights the trunk as ``1 + M``.
 
     Args:
-        ours: Classes that branches and heads were given for their kernels.
+        branches, heads: Further classes of mask branches and of their heads, which have kernels.
     """
     mask = module.mask
     return (
-        module.residual and type(mask) in (SoftMaskBranch, LocalMaskBranch, *ours)
-        and type(mask.head) in (MaskHead, *ours)
+        module.residual and type(mask) in (SoftMaskBranch, LocalMaskBranch, *branches)
+        and type(mask.head) in (MaskHead, *heads)
         and type(mask.head.act) is act and mask.head.act.mask_act == "mixed")
 
 

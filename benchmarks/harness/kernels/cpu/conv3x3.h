@@ -93,7 +93,8 @@ void conv3x3_forward(const T* x, T* y, const float* saved, const float* weight, 
     }
 }
 
-// Lays `count` maps of T out by position, and at each as a sum over images takes them; `place` says where.
+// Lays `count` maps of T out by position, and at each as a sum over images takes them. `place` says where; `make`
+// returns, for the vectors of a panel, what turns each of their values into what is laid out.
 template <class T, class Place, class Make>
 void words_of_images(const T* maps, int64_t count, int64_t part, int64_t positions, int64_t channels,
                      typename Factor<T>::Word* words, const Place& place, const Make& make) {
@@ -158,6 +159,13 @@ void conv3x3_backward(const T* grad_y, const T* x, T* grad_norm, const float* sa
                 }
                 products.finish();
             }
+            // Not too many values are added up in float.
+            int64_t summed = 0;
+            auto add_part = [&] {
+                for (int64_t i = 0; i < 2 * K; i += LANES) add(&sums[thread * 2 * K + i], load(&part_sums[i]));
+                std::fill(part_sums.begin(), part_sums.end(), 0.f);
+                summed = 0;
+            };
             std::fill(part_sums.begin(), part_sums.end(), 0.f);
             for (int64_t position = 0; position < positions; position++) {
                 // Where a word has one value, the rows are there by position already, one after the other.
@@ -189,8 +197,9 @@ void conv3x3_backward(const T* grad_y, const T* x, T* grad_norm, const float* sa
                     sum.store_to(&part_sums[k]);
                     product.store_to(&part_sums[K + k]);
                 });
+                if ((summed += count) >= 1024) add_part();
             }
-            for (int64_t i = 0; i < 2 * K; i += LANES) add(&sums[thread * 2 * K + i], load(&part_sums[i]));
+            add_part();
         }
     }
     add_threads(sums, threads), add_threads(grad_weights, threads);

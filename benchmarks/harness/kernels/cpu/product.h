@@ -117,8 +117,8 @@ struct Product {
     int64_t count = 1;
 };
 
-// Where a product goes: to rows that are `row_length` apart, with what lies at `added` added, if anything does. That may
-// be what was there before.
+// Where a product goes: to rows that are `row_length` apart, with what lies at `added` added, if anything does. That
+// may be what was there before.
 template <class T, class U = T>
 struct Into {
     T* out;

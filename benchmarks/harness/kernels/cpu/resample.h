@@ -2,7 +2,6 @@
 // padding of one, and bilinear interpolation, corners not aligned.
 #pragma once
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "product.h"
@@ -47,17 +46,18 @@ void pool_forward(const T* x, T* y, uint8_t* taps, const Resample& size, int thr
             constexpr int V = decltype(vectors)::value;
             for (int64_t column = 0; column < size.low_width; column++) {
                 Floats best[V];
-                Ints tap[V]{};
-                for (int v = 0; v < V; v++) best[v] = Floats{} - std::numeric_limits<float>::infinity();
+                Ints tap[V];
+                bool any = false;
                 for (int i = 0; i < 9; i++) {
                     const int64_t at_y = top + i / 3, at_x = 2 * column - 1 + i % 3;
                     if (at_y < 0 || at_y >= size.height || at_x < 0 || at_x >= size.width) continue;
                     for (int v = 0; v < V; v++) {
                         const Floats value = load(from + (at_y * size.width + at_x) * C + k + v * LANES);
                         const Ints larger = (value > best[v]) | (value != value);
-                        best[v] = larger ? value : best[v];
-                        tap[v] = larger ? Ints{} + i : tap[v];
+                        best[v] = !any ? value : larger ? value : best[v];
+                        tap[v] = !any ? Ints{} + i : larger ? Ints{} + i : tap[v];
                     }
+                    any = true;
                 }
                 const int64_t to = (row * size.low_width + column) * C + k;
                 store_all(y + to, best);
@@ -90,8 +90,9 @@ void pool_backward(const T* grad_y, const uint8_t* taps, T* grad_x, const Resamp
     }
 }
 
-// Along one side: which two positions of the lower resolution each one of the higher is between, and the part of the
-// second; and the other way round, which it goes into, of all from `begins[i]` to `begins[i + 1]`, and with what part.
+// Along one side: between which two positions of the lower resolution each one of the higher lies, and the part that
+// the second has in it. The other way round, those of the higher that position `j` of the lower has a part in, and that
+// part: the entries from `begins[j]` to `begins[j + 1]` of `into` and `parts`.
 struct Side {
     std::vector<int64_t> first, second;
     std::vector<float> part;

@@ -59,15 +59,15 @@ void unit_forward(T* const* maps, const Layer* layers, float* saved, const Unit&
     pointwise_forward<T>(second, x, out, saved3, layers[2].weight, rows, I, C, threads);
 }
 
-// `maps` are the gradient of the output, then the maps as forward without the output, then the gradient of the input.
+// `maps` are the gradient of the output, the maps as forward without the output, room for the gradients of the two
+// convolutions' outputs, and the gradient of the input.
 template <class T>
 void unit_backward(T* const* maps, const float* const* weights, const LayerGradients* grads, float* saved,
                    const Unit& unit, int threads) {
     const T *grad_out = maps[0], *x = maps[1], *first = maps[2], *second = maps[3];
-    T* grad_x = maps[4];
+    T *grad_first = maps[4], *grad_second = maps[5], *grad_x = maps[6];
     const int64_t rows = unit.rows(), C = unit.channels, I = unit.inner;
     const float *saved1 = saved, *saved2 = unit.saved_of(1, saved), *saved3 = unit.saved_of(2, saved);
-    Buffer<T> grad_first(rows * I), grad_second(rows * I);
     Buffer<double> sums(2 * unit.widest());
     auto through_norm = [&](const T* map, T* grad, const T* past, const float* saved, const LayerGradients& to,
                             int64_t channels) {
@@ -75,14 +75,13 @@ void unit_backward(T* const* maps, const float* const* weights, const LayerGradi
                                    rows, rows, channels, threads);
     };
     const T* nothing = nullptr;
-    pointwise_backward(grad_out, second, grad_second.data(), saved3, weights[2], grads[2].weight, sums.data(), rows, I,
-                       C, threads);
-    through_norm(second, grad_second.data(), nothing, saved3, grads[2], I);
-    conv3x3_backward(grad_second.data(), first, grad_first.data(), saved2, weights[1], grads[1].weight, sums.data(),
-                     unit.conv(), threads);
-    through_norm(first, grad_first.data(), nothing, saved2, grads[1], I);
-    pointwise_backward(grad_first.data(), x, grad_x, saved1, weights[0], grads[0].weight, sums.data(), rows, C, I,
+    pointwise_backward(grad_out, second, grad_second, saved3, weights[2], grads[2].weight, sums.data(), rows, I, C,
                        threads);
+    through_norm(second, grad_second, nothing, saved3, grads[2], I);
+    conv3x3_backward<T>(grad_second, first, grad_first, saved2, weights[1], grads[1].weight, sums.data(), unit.conv(),
+                        threads);
+    through_norm(first, grad_first, nothing, saved2, grads[1], I);
+    pointwise_backward<T>(grad_first, x, grad_x, saved1, weights[0], grads[0].weight, sums.data(), rows, C, I, threads);
     through_norm(x, grad_x, grad_out, saved1, grads[0], C);
 }
 
