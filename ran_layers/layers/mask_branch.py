@@ -114,7 +114,21 @@ def check_map_size(x: torch.Tensor, depth: int) -> torch.Tensor:
 
 
 class UpStep(nn.Module):
-    """One step of the way up: upsample to the size of the step's feature map, add the skip connection, refine."""
+    """One step of the way up: upsample to the size of the step's feature map, add the skip connection, refine.
+
+    Shapes:
+        inputs ``(batch, channels, low height, low width)`` and ``(batch, channels, height, width)``, output as the
+        second.
+
+    Args:
+        skip: What the feature map passes before it is added; None for no skip connection.
+        units: What the sum passes.
+
+    Example:
+        >>> step = UpStep(ResidualUnit(64), ResidualUnit(64))
+        >>> step(torch.zeros(1, 64, 4, 4), torch.zeros(1, 64, 7, 8)).shape
+        torch.Size([1, 64, 7, 8])
+    """
 
     def __init__(self, skip: nn.Module | None, units: nn.Module) -> None:
         super().__init__()
