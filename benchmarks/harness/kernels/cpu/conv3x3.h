@@ -72,13 +72,9 @@ void conv3x3_forward(const T* x, T* y, const float* saved, const float* weight, 
                 constexpr int V = decltype(vectors)::value;
                 const Columns<V> a(scale + k), b(shift + k);
                 for (int64_t i = 0; i < count; i++)
-                    for (int64_t position = 0; position < positions; position++) {
-                        const T* from = x + ((image + i) * positions + position) * K + k;
-                        Floats active[V];
-                        for (int v = 0; v < V; v++)
-                            active[v] = activated<true>(load(from + v * LANES) * a[v] + b[v]);
-                        store_all(&activations[(position * part + i) * K + k], active);
-                    }
+                    for (int64_t position = 0; position < positions; position++)
+                        activate(x + ((image + i) * positions + position) * K + k, a, b,
+                                 &activations[(position * part + i) * K + k]);
             });
             for (int64_t position = 0; position < conv.positions_out(); position++) {
                 Sum<T> products({words, 1, count, words, N, words}, sums.data(), false);

@@ -75,6 +75,14 @@ struct Columns {
     Floats& operator[](int v) { return values[v]; }
 };
 
+// Normalises and activates the values of some columns of a row.
+template <int N, class T, class U>
+inline void activate(const T* from, const Columns<N>& scale, const Columns<N>& shift, U* to) {
+    Floats active[N];
+    for (int v = 0; v < N; v++) active[v] = activated<true>(load(from + v * LANES) * scale[v] + shift[v]);
+    store_all(to, active);
+}
+
 // One double a column from each thread, added up in the order of the threads.
 struct Partial {
     Buffer<double> sums, others;

@@ -80,12 +80,8 @@ void pointwise_forward(const T* x, const T* other, T* y, const float* saved, con
             each_panel(K, [&](auto vectors, int64_t k) {
                 constexpr int V = decltype(vectors)::value;
                 const Columns<V> a(scale + k), b(shift + k);
-                for (int64_t r = 0; r < count; r++) {
-                    Floats active[V];
-                    for (int v = 0; v < V; v++)
-                        active[v] = activated<true>(load(x + (row + r) * K + k + v * LANES) * a[v] + b[v]);
-                    store_all(&activations[r * K + k], active);
-                }
+                for (int64_t r = 0; r < count; r++)
+                    activate(x + (row + r) * K + k, a, b, &activations[r * K + k]);
             });
             const Term<Word> term{reinterpret_cast<const Word*>(activations.data()), packed.data()};
             multiply<T>({K / F::STEP, 1, count, K / F::STEP, N, K / F::STEP, &term},

@@ -160,27 +160,17 @@ inline void tile(const Product<typename Factor<T>::Word>& p, int64_t row, int64_
     for (int r = 0; r < ROWS; r++) out.end(sums[r], row + r, column);
 }
 
-// Sums enough at a time that they need not wait for each other, and no more than there are registers, of which the
-// second factor and what it is multiplied by take some. More than eight rows take more addresses than there are.
-template <class T, int VECTORS, class Out>
-void multiply_panels(const Product<typename Factor<T>::Word>& p, const Out& out) {
-    constexpr int ROWS = std::min(8, REGISTERS / 2 / VECTORS);
-    for (int64_t column = 0; column < p.columns; column += VECTORS * LANES) {
+// The sum of a b, into `out`: sums enough at a time that they need not wait for each other, and no more than there are
+// registers, of which the second factor and what it is multiplied by take some. More than eight rows take more
+// addresses than there are.
+template <class T, class Out>
+void multiply(const Product<typename Factor<T>::Word>& p, const Out& out) {
+    each_panel(p.columns, [&](auto vectors, int64_t column) {
+        constexpr int VECTORS = decltype(vectors)::value, ROWS = std::min(8, REGISTERS / 2 / VECTORS);
         int64_t row = 0;
         for (; row + ROWS <= p.rows; row += ROWS) tile<T, ROWS, VECTORS>(p, row, column, out);
         for (; row < p.rows; row++) tile<T, 1, VECTORS>(p, row, column, out);
-    }
-}
-
-// The sum of a b, into `out`.
-template <class T, class Out>
-void multiply(const Product<typename Factor<T>::Word>& p, const Out& out) {
-    constexpr int VECTORS = REGISTERS / 8;
-    switch (Panels(p.columns, p.b_rows).width() / LANES) {
-        case VECTORS: return multiply_panels<T, VECTORS>(p, out);
-        case VECTORS / 2: return multiply_panels<T, VECTORS / 2>(p, out);
-        default: return multiply_panels<T, 1>(p, out);
-    }
+    });
 }
 
 // Adds up products term by term: as many at a time, so that the sums stay in registers, as the nearest cache holds

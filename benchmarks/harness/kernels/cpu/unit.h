@@ -28,9 +28,6 @@ struct Unit {
     int64_t rows() const { return batch * height * width; }
     Conv3x3 conv() const { return {batch, height, width, inner, inner, 1}; }
     int64_t widest() const { return std::max(channels, inner); }
-
-    // Where in `saved` that of each normalisation begins, see norm_scales.
-    float* saved_of(int layer, float* saved) const { return saved + 4 * (layer ? channels + (layer - 1) * inner : 0); }
 };
 
 template <class T>
@@ -42,14 +39,15 @@ void normalize(const T* x, const Layer& layer, float* saved, int64_t rows, int64
                 channels, eps, momentum);
 }
 
-// `maps` are the input, the outputs of the first and the second convolution, and the output.
+// `maps` are the input, the outputs of the first and the second convolution, and the output. `saved` has what
+// norm_scales writes for each normalisation in turn.
 template <class T>
 void unit_forward(T* const* maps, const Layer* layers, float* saved, const Unit& unit, float eps, float momentum,
                   int threads) {
     const T* x = maps[0];
     T *first = maps[1], *second = maps[2], *out = maps[3];
     const int64_t rows = unit.rows(), C = unit.channels, I = unit.inner;
-    float *saved1 = saved, *saved2 = unit.saved_of(1, saved), *saved3 = unit.saved_of(2, saved);
+    float *saved1 = saved, *saved2 = saved1 + 4 * C, *saved3 = saved2 + 4 * I;
     Buffer<double> moments(2 * unit.widest());
     normalize(x, layers[0], saved1, rows, C, eps, momentum, moments.data(), threads);
     pointwise_forward<T>(x, nullptr, first, saved1, layers[0].weight, rows, C, I, threads);
@@ -62,12 +60,12 @@ void unit_forward(T* const* maps, const Layer* layers, float* saved, const Unit&
 // `maps` are the gradient of the output, the maps as forward without the output, room for the gradients of the two
 // convolutions' outputs, and the gradient of the input.
 template <class T>
-void unit_backward(T* const* maps, const float* const* weights, const LayerGradients* grads, float* saved,
+void unit_backward(T* const* maps, const float* const* weights, const LayerGradients* grads, const float* saved,
                    const Unit& unit, int threads) {
     const T *grad_out = maps[0], *x = maps[1], *first = maps[2], *second = maps[3];
     T *grad_first = maps[4], *grad_second = maps[5], *grad_x = maps[6];
     const int64_t rows = unit.rows(), C = unit.channels, I = unit.inner;
-    const float *saved1 = saved, *saved2 = unit.saved_of(1, saved), *saved3 = unit.saved_of(2, saved);
+    const float *saved1 = saved, *saved2 = saved1 + 4 * C, *saved3 = saved2 + 4 * I;
     Buffer<double> sums(2 * unit.widest());
     auto through_norm = [&](const T* map, T* grad, const T* past, const float* saved, const LayerGradients& to,
                             int64_t channels) {
