@@ -152,6 +152,38 @@ def test_tables_show_means_spreads_and_short_runs(tiny, tmp_path):
     assert (tmp_path / "docs" / "results.md").read_text() == page
 
 
+def test_settings_are_compared_on_the_images_that_were_held_out(tiny, tmp_path, monkeypatch, capsys):
+    held = {name: Experiment(**{**TINY, "args": (*experiment.args, "--holdout", "16")})
+            for name, experiment in STUDY.items()}
+    monkeypatch.setattr(study_results, "EXPERIMENTS", held)
+    monkeypatch.setattr(study_report, "TABLES", {"tiny": Table("Tiny", "Two rates.", ROWS, images="held-out")})
+    for name, top1 in (("tiny-a", 75.0), ("tiny-b", 80.5)):
+        save(tmp_path / "results", name, 8, 50.0)
+        file = tmp_path / "results" / f"{name}-8ep-seed0.json"
+        found = json.loads(file.read_text())
+        found["settings"]["holdout"] = 16
+        found["epochs"][-1] = {"eval_split": "held-out", "eval_top1": top1}
+        file.write_text(json.dumps(found))
+    study.main(["--report", *tiny])
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "held-out images, %" in page
+    assert "our held-out errors" in page
+    assert "| 25.00 (1 seed) |" in page
+    assert "| 19.50 (1 seed) | -5.50, spread unknown | A |" in page
+    assert "50.00" not in page  # the error on the test images
+    del found["epochs"][-1]["eval_top1"]
+    file.write_text(json.dumps(found))
+    with pytest.raises(SystemExit):
+        study.main(["--report", *tiny])
+    assert "is damaged (KeyError('eval_top1')); remove it" in capsys.readouterr().err
+
+
+def test_a_table_shows_errors_on_one_kind_of_images():
+    for table in TABLES.values():
+        for row in table.rows:
+            assert ("--holdout" in EXPERIMENTS[row.experiment].args) == (table.images == "held-out"), row
+
+
 def test_wrong_labels_of_an_earlier_version_are_no_result(tiny, tmp_path, monkeypatch, capsys):
     noisy = Experiment(**{**TINY, "args": ("--limit", "64", "--label-noise", "0.5")})
     monkeypatch.setattr(study_results, "EXPERIMENTS", {"tiny-a": noisy})

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from studies.results import Finished
+from studies.results import Finished, error_of
 
 
 class Spread(NamedTuple):
@@ -46,7 +46,7 @@ def difference(group: Finished, other: Finished, finished: dict[str, list[Finish
 
 def paired(group: Finished, other: Finished) -> list[float]:
     """Return the error of ``group`` minus that of ``other``, in points, for each seed that both have."""
-    return [group.results[seed]["final"]["error"] - other.results[seed]["final"]["error"]
+    return [error_of(group.results[seed]) - error_of(other.results[seed])
             for seed in sorted(set(other.results) & set(group.results))]
 
 
@@ -69,7 +69,8 @@ def pooled(finished: dict[str, list[Finished]], like: Finished) -> Spread | None
 def family(group: Finished) -> tuple[Any, ...]:
     """Return what sets how far two runs are apart by chance, as far as there are runs enough to tell."""
     result = group.first
-    return result["dataset"], result["recipe"], group.epochs, result["settings"]["label_noise"]
+    settings = result["settings"]
+    return result["dataset"], result["recipe"], group.epochs, settings["label_noise"], settings["holdout"]
 
 
 def half_interval(spread: Spread, seeds: int) -> float:

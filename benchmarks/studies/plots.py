@@ -50,7 +50,7 @@ def draw(table: Table, finished: dict[str, list[Finished]]) -> bytes:
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right", "left"]].set_visible(False)
-    columns[-1, 0].set_xlabel("top-1 test error, %")
+    columns[-1, 0].set_xlabel(f"top-1 {table.images} error, %")
     handles = {label: handle for axes in columns[:, 0]
                for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     # Outside: among the points its marks would be read as some of them.

@@ -64,7 +64,8 @@ def section(key: str, table: Table, finished: dict[str, list[Finished]]) -> str:
     whole = f"python benchmarks/study.py --table {key} --results runs/results"
     parts = [f"### {table.title}", table.text]
     if begun:
-        head = ("", "published, %", "ours, %", "difference", "to", "M parameters", "MMACs", "epochs", "trained on")
+        ours = "ours, %" if table.images == "test" else f"{table.images} images, %"
+        head = ("", "published, %", ours, "difference", "to", "M parameters", "MMACs", "epochs", "trained on")
         cells = [line for row in table.rows for line in cells_of(row, table, finished)]
         parts.append(pages.table(head, "lrrrlrrrl", cells))
     if missing:
@@ -72,7 +73,7 @@ def section(key: str, table: Table, finished: dict[str, list[Finished]]) -> str:
         parts.append(f"Not run yet: {'; '.join(names)}.")
     if compared := panels(table, finished):
         beside = any(row.published for rows in compared.values() for row, _ in rows)
-        parts.append(f"![{table.title}: our test errors{', and those published' if beside else ''}]"
+        parts.append(f"![{table.title}: our {table.images} errors{', and those published' if beside else ''}]"
                      f"(assets/study-{key}.png)")
     commands = []
     for row in table.rows:

@@ -35,7 +35,7 @@ class Finished(NamedTuple):
 
     @property
     def errors(self) -> list[float]:
-        return [result["final"]["error"] for result in self.results.values()]
+        return [error_of(result) for result in self.results.values()]
 
     @property
     def mean(self) -> float:
@@ -45,6 +45,13 @@ class Finished(NamedTuple):
     def deviation(self) -> float | None:
         """Standard deviation over the seeds; None for one."""
         return statistics.stdev(self.errors) if len(self.errors) > 1 else None
+
+
+def error_of(result: dict[str, Any]) -> float:
+    """Return the error of a run in percent: on its held-out images where it has some, otherwise on the test images."""
+    if result["settings"]["holdout"]:
+        return float(100 - result["epochs"][-1]["eval_top1"])
+    return float(result["final"]["error"])
 
 
 def load_results(folder: Path) -> dict[str, list[Finished]]:
@@ -82,11 +89,11 @@ def load_result(file: Path, name: str, epochs: int, seed: int) -> dict[str, Any]
         hash(conditions(result))
         rounds = len(result["epochs"])
         # What the tables and the estimates of time read later.
-        figures = [float(result[key]) for key in ("params", "macs", "images_per_s")] + [float(result["final"]["error"])]
+        figures = [float(result[key]) for key in ("params", "macs", "images_per_s")] + [error_of(result)]
         if not all(map(math.isfinite, figures)) or not all(
                 isinstance(text, str) for text in (machine(result["hardware"]), result["command"])):
             raise ValueError("not a figure")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{file} is damaged ({error!r}); remove it to run {run} anew") from error
     asked = parse_args([*EXPERIMENTS[name].arguments(), "--epochs", str(epochs), "--seed", str(seed)])
     expected = [asked.model, asked.dataset, asked.recipe, epochs, seed, asked.model_kwargs]
