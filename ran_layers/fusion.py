@@ -126,7 +126,9 @@ def _fold_into_previous(conv: Any, norm: Any) -> nn.Module:
 @torch.no_grad()
 def _fold_into_next(norm: Any, convs: list[Any]) -> nn.Module:
     """Put ``norm``, which ends in a ReLU, into the 1x1 convolutions behind it; return the clamp that is left."""
-    scale = torch.rsqrt(norm.running_var + norm.eps)
+    dtype = convs[0].weight.dtype  # a network in bfloat16 may have norms in float32; its maps are as its convolutions
+    full = torch.promote_types(torch.promote_types(dtype, norm.running_var.dtype), torch.float32)
+    scale = torch.rsqrt(norm.running_var.to(full) + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
     shift = -norm.running_mean * scale
@@ -142,10 +144,10 @@ def _fold_into_next(norm: Any, convs: list[Any]) -> nn.Module:
     high = torch.where(cut & (scale < 0), bound, torch.inf).masked_fill(off, 0)
 
     for conv in convs:
-        bias, trained = conv.weight.flatten(1) @ shift, conv.weight.requires_grad
-        conv.bias = nn.Parameter(bias if conv.bias is None else conv.bias + bias, trained)
-        conv.weight = nn.Parameter(conv.weight * scale.view(1, -1, 1, 1), trained)
-    return ClampAct(low, high)
+        bias, trained = conv.weight.flatten(1).to(full) @ shift, conv.weight.requires_grad
+        conv.bias = nn.Parameter((bias if conv.bias is None else conv.bias + bias).to(dtype), trained)
+        conv.weight = nn.Parameter((conv.weight * scale.view(1, -1, 1, 1)).to(dtype), trained)
+    return ClampAct(low.to(dtype), high.to(dtype))
 
 
 def _is_pointwise(conv: Any) -> bool:

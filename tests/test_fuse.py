@@ -223,6 +223,20 @@ def test_checkpointed_and_bfloat16_networks() -> None:
     assert (low - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@pytest.mark.parametrize("norms", [torch.bfloat16, torch.float32])
+def test_networks_cast_before_they_are_fused(norms: torch.dtype) -> None:
+    model, images = randomize_norms(timm.create_model("ran_att56_cifar")), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+        model.to(torch.bfloat16)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.to(norms)
+        low = ran_layers.fuse(model)(images.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert (low.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def test_errors_say_what_is_wrong() -> None:
     class Untraceable(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
