@@ -18,38 +18,28 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import ran_layers  # noqa: F401  (registers the networks with timm)
-from harness.arguments import check_models
-from harness.checkpoint import FILE_NAME, CheckpointWriter, claim, load_checkpoint, load_weights
+from harness.checkpoint import FILE_NAME, CheckpointWriter, claim, load_checkpoint
 from harness.data import Dataset, corrupt_labels, load_dataset
 from harness.display import Display, count, duration, show_plan
-from harness.distributed import World, join_world, leave_world
-from harness.environment import (
-    command_line,
-    default_compile_mode,
-    hardware,
-    keep_freed_memory,
-    pick_device,
-    synchronize,
-    versions,
-)
+from harness.distributed import join_world, leave_world
+from harness.environment import hardware, keep_freed_memory, pick_device, synchronize, versions
 from harness.errors import RunError, one_line_errors
 from harness.evaluate import evaluate
 from harness.export import export_model, load_exported, load_pretrained
-from harness.gpu import check_gpu_kernels, choose_kernels, price_of_determinism
-from harness.kernels.cpu_choice import kernels_pay, why_no_kernels
+from harness.gpu import choose_kernels, price_of_determinism
 from harness.network import build_model, load_initial_weights
 from harness.options import check_eval_only, parse_args
 from harness.precision import exact_float32, pick_precision
-from harness.recipes import Recipe, make_recipe
-from harness.result import earlier_runs, print_final, selection, write_result
+from harness.recipes import Recipe
+from harness.result import print_final, selection, write_result
 from harness.resume import check_data, check_folder, command_to_resume, other_hardware, saved_arguments
+from harness.run import Run, Tensors, decide, folder_of
 from harness.trainer import Trainer
 
 Split = tuple[torch.Tensor, torch.Tensor]  # images and labels
@@ -57,154 +47,121 @@ Split = tuple[torch.Tensor, torch.Tensor]  # images and labels
 
 def train(
         args: argparse.Namespace, until_done: contextlib.ExitStack,
-        resumed: tuple[dict[str, torch.Tensor], dict[str, Any]] | None) -> None:
+        resumed: tuple[Tensors, dict[str, Any]] | None) -> None:
     """Train as ``args`` say, from the checkpoint ``resumed`` if it is read already.
 
     What ``until_done`` holds is let go of after that.
     """
     keep_freed_memory()
     world, device = join_world(args.device)
-    for name in ("holdout", "limit", "eval_every"):
-        if getattr(args, name) < 0:
-            raise RunError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    if not 0 <= args.seed < 2 ** 32:
-        raise RunError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
-    recipe_name = recipe_of(args, device)
-    recipe = make_recipe(recipe_name, args.dataset, args.overrides)
-    check_models([args.model], "--model")
-    out = folder_of(args, device)
     choose_kernels(args.deterministic)
-    if recipe.batch_size % world.size:
-        raise RunError(f"--batch-size {recipe.batch_size} must be a multiple of the {world.size} processes")
-    resolve_defaults(args, world, device, resumed[1] if resumed else {})
-    sync_bn = world.size > 1 and args.sync_bn
-    # Everything that decides the result; a checkpoint made under other settings is refused.
-    settings = dict(
-        model=args.model, model_kwargs=args.model_kwargs, dataset=args.dataset, recipe=recipe_name, **asdict(recipe),
-        seed=args.seed, precision=args.precision, cpu_kernels=args.cpu_kernels, gpu_kernels=args.gpu_kernels,
-        holdout=args.holdout, limit=args.limit, label_noise=args.label_noise,
-        bn_batch=recipe.batch_size if sync_bn else recipe.batch_size // world.size)
-    settings = json.loads(json.dumps(settings))
-    # The settings of a resumed run are those of the command that began it, which need not be given again.
-    args.command = command_line("cifar.py", args.argv, processes=world.size)
-    args.command = resumed[1].get("command", args.command) if resumed else args.command
-    initial, settings["initial_checkpoint"], args.earlier = None, None, []
-    if args.initial_checkpoint:
-        initial, settings["initial_checkpoint"] = load_weights(args.initial_checkpoint)
-        args.earlier = earlier_runs(args.initial_checkpoint)
-    elif resumed:
-        settings["initial_checkpoint"] = resumed[1]["settings"].get("initial_checkpoint")
-        args.earlier = resumed[1].get("earlier", [])
-    check_folder(out, settings, resumed[1] if resumed else None)
-    if resumed and args.deterministic and not resumed[1].get("deterministic", False):
-        raise RunError(f"--resume: the run in {out} began without --deterministic; leave it out, or start again in "
-                       "another --out")
-
+    saved = resumed[1] if resumed else None
+    run, weights = decide(args, world, device, saved)
     with world.main_first() if args.data_dir is None else contextlib.nullcontext():
         data = load_dataset(args.dataset, args.data_dir)
-    (images, labels), watched = split_training_set(args, data, recipe)
-    args.digests = {"data_sha256": data.digest()}
-    if args.label_noise:
-        args.digests["labels_sha256"] = hashlib.sha256(labels.numpy()).hexdigest()
-    if resumed:
-        check_data(out, args.digests, resumed[1])
+    (images, labels), watched = split_training_set(args, data, run.recipe)
+    run.digests = digests_of(args, data, labels)
+    if saved:
+        check_data(run.out, run.digests, saved)
 
     torch.manual_seed(args.seed)
-    model, macs = build_model(args, recipe, data)
-    if initial is not None:
-        load_initial_weights(model, initial, args.initial_checkpoint)
-    if args.precision is None:
-        slow = pick_precision(device, model, args.cpu_kernels) == "fp32"
-        args.precision = settings["precision"] = "fp32" if world.max_flag(int(slow)) else "bf16"
+    model, macs = build_model(args, run.recipe, data)
+    if weights is not None:
+        load_initial_weights(model, weights, args.initial_checkpoint)
+    run.decide_precision(model)
     if world.main:
-        until_done.enter_context(claim(out))
-        if not resumed:
-            check_folder(out, settings, None)  # again: until now another process may have trained there
-    params = sum(p.numel() for p in model.parameters())
+        until_done.enter_context(claim(run.out))
+        if not saved:
+            check_folder(run.out, run.settings, None)  # again: until now another process may have trained there
+    costs = dict(params=sum(p.numel() for p in model.parameters()), macs=macs)
     model = model.to(device, memory_format=torch.channels_last)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     if not world.main:
         torch.manual_seed(args.seed + world.rank)  # dropout and stochastic depth differ between the slices
     # The whole data set lives on the training device.
     trainer = Trainer(
-        model, recipe, images.to(device), labels.to(device), autocast=autocast, seed=args.seed, world=world,
-        sync_bn=sync_bn, compile_mode=args.compile, cpu_kernels=args.cpu_kernels, gpu_kernels=args.gpu_kernels)
+        model, run.recipe, images.to(device), labels.to(device), autocast=run.autocast, seed=args.seed, world=world,
+        sync_bn=run.sync_bn, compile_mode=run.compile, cpu_kernels=run.settings["cpu_kernels"],
+        gpu_kernels=args.gpu_kernels)
     if resumed:
         trainer.restore(*resumed)
     if world.main:
-        show_plan(plan(args, trainer, out, params, macs, len(data.test_images), resumed is not None))
-    compile_seconds = trainer.compile()
-    if world.main and compile_seconds:
-        print(f"prepared the steps in {duration(compile_seconds)}", flush=True)
-    args.machine = dict(
-        hardware=hardware(device), versions=versions(), processes=world.size, compile=args.compile,
-        compile_seconds=compile_seconds)
-    if resumed and trainer.step == trainer.total_steps:  # nothing is left to train on this one
-        args.machine = resumed[1].get("machine", args.machine)
-        args.eval_every = resumed[1].get("eval_every", args.eval_every)
-    elif world.main and resumed and (change := other_hardware(args.machine["hardware"], resumed[1])):
-        print(f"resumed with other hardware or threads ({change}): equal to an undisturbed run but for rounding",
-              flush=True)
-    price = None
-    if args.deterministic and trainer.replayed:
-        price = price_of_determinism(model, trainer.empty_batches()[-1][0], autocast)
-        if world.main:
-            print(f"--deterministic: {price:.1%} more time for an uncompiled forward and backward pass", flush=True)
+        show_plan(plan(run, trainer, costs, len(data.test_images), saved is not None))
+    price = prepare(run, trainer, saved)
 
-    stopped = run_epochs(args, trainer, out, settings, watched)
+    stopped = run_epochs(run, trainer, watched)
     if stopped and trainer.step < trainer.total_steps:
         if world.main:
             print(f"stopped at step {trainer.step} of {trainer.total_steps}, saved; go on with: "
-                  f"{command_to_resume(args, out, world.size)}", flush=True)
+                  f"{command_to_resume(args, run.out, world.size)}", flush=True)
         sys.exit(128 + stopped)
-    if not world.main:
-        return
+    if world.main:
+        finish(run, trainer, data, dict(costs, deterministic_price=price))
+
+
+def digests_of(args: argparse.Namespace, data: Dataset, labels: torch.Tensor) -> dict[str, str]:
+    """Return the digests of what is trained on: the images, and ``labels`` where some were made wrong."""
+    digests = {"data_sha256": data.digest()}
+    if args.label_noise:
+        digests["labels_sha256"] = hashlib.sha256(labels.numpy()).hexdigest()
+    return digests
+
+
+def prepare(run: Run, trainer: Trainer, saved: dict[str, Any] | None) -> float | None:
+    """Compile and record the steps, and note what trains; return the price of ``--deterministic`` where it has one."""
+    compile_seconds = trainer.compile()
+    if run.world.main and compile_seconds:
+        print(f"prepared the steps in {duration(compile_seconds)}", flush=True)
+    run.machine = dict(
+        hardware=hardware(run.device), versions=versions(), processes=run.world.size, compile=run.compile,
+        compile_seconds=compile_seconds)
+    if saved and trainer.step == trainer.total_steps:  # nothing is left to train on this one
+        run.machine = saved.get("machine", run.machine)
+        run.eval_every = saved.get("eval_every", run.eval_every)
+    elif run.world.main and saved and (change := other_hardware(run.machine["hardware"], saved)):
+        print(f"resumed with other hardware or threads ({change}): equal to an undisturbed run but for rounding",
+              flush=True)
+    if not (run.args.deterministic and trainer.replayed):
+        return None
+    price = price_of_determinism(trainer.model, trainer.empty_batches()[-1][0], run.autocast)
+    if run.world.main:
+        print(f"--deterministic: {price:.1%} more time for an uncompiled forward and backward pass", flush=True)
+    return price
+
+
+def finish(run: Run, trainer: Trainer, data: Dataset, facts: dict[str, Any]) -> None:
+    """Write the trained model, its accuracy, and the record of the training, with ``facts`` known before it."""
+    model, recipe, seconds = trainer.model, run.recipe, sum(row["seconds"] for row in trainer.epochs)
     trainer.averaged.pretrained_cfg = model.pretrained_cfg
     result = dict(
-        model=args.model, dataset=args.dataset, **args.digests, recipe=recipe_name, settings=settings,
-        params=params, macs=macs, seed=args.seed, earlier=args.earlier, epochs=trainer.epochs, seconds=trainer.seconds,
-        deterministic=args.deterministic, deterministic_price=price, eval_every=args.eval_every,
-        images_per_s=trainer.total_steps * recipe.batch_size / sum(row["seconds"] for row in trainer.epochs),
-        **args.machine, command=args.command, selection=selection(args.holdout, recipe, trainer.epochs))
+        model=run.args.model, dataset=run.args.dataset, recipe=run.settings["recipe"], seed=run.args.seed, **facts,
+        **run.record, epochs=trainer.epochs, seconds=trainer.seconds,
+        images_per_s=trainer.total_steps * recipe.batch_size / seconds, **run.machine,
+        selection=selection(run.args.holdout, recipe, trainer.epochs))
     try:
         with ctrl_c.all_as_ctrl_c():
-            export_model(trainer.averaged, out, model.model_kwargs)
-            write_result(out, data, result, device, autocast)
+            export_model(trainer.averaged, run.out, model.model_kwargs)
+            write_result(run.out, data, result, run.device, run.autocast)
     except KeyboardInterrupt:
         print("trained, but stopped before the result was written; that is done by: "
-              f"{command_to_resume(args, out, world.size)}", flush=True)
+              f"{command_to_resume(run.args, run.out, run.world.size)}", flush=True)
         raise
 
 
-def recipe_of(args: argparse.Namespace, device: torch.device) -> str:
-    """Return the name of the recipe."""
-    return args.recipe or ("best" if device.type == "cuda" else "quick")
-
-
-def folder_of(args: argparse.Namespace, device: torch.device) -> Path:
-    """Return the folder of the run."""
-    further = "-further" if args.initial_checkpoint else ""  # the folder without it may be that of those weights
-    default = f"{args.model}-{args.dataset}-{recipe_of(args, device)}-{args.seed}{further}"
-    return args.out or Path("runs") / default
-
-
-def plan(
-        args: argparse.Namespace, trainer: Trainer, out: Path, params: int, macs: int, test_images: int,
-        resumed: bool) -> dict[str, str]:
+def plan(run: Run, trainer: Trainer, costs: dict[str, int], test_images: int, resumed: bool) -> dict[str, str]:
     """Return the rows of the plan that is shown before the training."""
-    recipe, device, processes = trainer.recipe, trainer.device, trainer.world.size
+    args, recipe, processes = run.args, run.recipe, run.world.size
+    kernels = run.settings["cpu_kernels"] or run.settings["gpu_kernels"]
     return {
-        "model": f"{args.model}, {params / 1e6:.2f} M parameters, {macs / 1e6:.1f} MMACs an image",
+        "model": f"{args.model}, {costs['params'] / 1e6:.2f} M parameters, {costs['macs'] / 1e6:.1f} MMACs an image",
         "data set": f"{args.dataset}, {len(trainer.images)} training and {test_images} test images"
                     + (f", {args.holdout} held out" if args.holdout else ""),
-        "device": f"{hardware(device)['name']} ({device}), {args.precision}"
-                  + (", fused kernels" if args.cpu_kernels or args.gpu_kernels else "")
-                  + (f", {processes} processes" if processes > 1 else ""),
-        "recipe": f"{recipe_of(args, device)}, {count(recipe.epochs, 'epoch')} of "
+        "device": f"{hardware(run.device)['name']} ({run.device}), {run.settings['precision']}"
+                  + (", fused kernels" if kernels else "") + (f", {processes} processes" if processes > 1 else ""),
+        "recipe": f"{run.settings['recipe']}, {count(recipe.epochs, 'epoch')} of "
                   f"{count(trainer.steps_per_epoch, 'step')} of {recipe.batch_size} images, {recipe.optimizer}, "
                   f"lr {recipe.lr:g}",
         **row_of_weights(args, resumed),
-        "out": f"{out}" + (f", resumed at step {trainer.step} of {trainer.total_steps}" if resumed else ""),
+        "out": f"{run.out}" + (f", resumed at step {trainer.step} of {trainer.total_steps}" if resumed else ""),
     }
 
 
@@ -217,31 +174,6 @@ def row_of_weights(args: argparse.Namespace, resumed: bool) -> dict[str, str]:
     if "." in args.model:
         return {"begins with": "random weights, not those of the name; --initial-checkpoint takes a file of weights"}
     return {}
-
-
-def resolve_defaults(
-        args: argparse.Namespace, world: World, device: torch.device, resumed: dict[str, Any]) -> None:
-    """Decide what the command leaves open: compilation, the kernels of a CPU, and of a resumed run the precision.
-
-    What is measured for that may come out otherwise another time or in another process, so the settings of a run that
-    is ``resumed``, whose state is given, hold, and all processes do as the most careful of them.
-    """
-    settings, machine = resumed.get("settings", {}), resumed.get("machine", {})
-    if machine and machine["hardware"]["device"] == device.type:
-        args.compile = args.compile or machine["compile"]
-    args.compile = args.compile or default_compile_mode(device)
-    if args.cpu_kernels is None:
-        args.cpu_kernels = settings.get("cpu_kernels")
-    if args.cpu_kernels is not False:
-        obstacle = why_no_kernels(device, args.compile)
-        if args.cpu_kernels and obstacle:
-            began = "the run began with --cpu-kernels, which" if resumed else "--cpu-kernels"
-            raise RunError(f"{began} are not available here: {obstacle}")
-        if args.cpu_kernels is None:
-            args.cpu_kernels = not world.max_flag(int(obstacle is not None or not kernels_pay()))
-    if args.gpu_kernels:
-        check_gpu_kernels(device, args.compile, world.size, args.deterministic, args.precision)
-    args.precision = args.precision or settings.get("precision")  # None: the network decides
 
 
 def split_training_set(args: argparse.Namespace, data: Dataset, recipe: Recipe) -> tuple[Split, Split]:
@@ -268,10 +200,9 @@ def split_training_set(args: argparse.Namespace, data: Dataset, recipe: Recipe) 
     return (images, labels), watched
 
 
-def run_epochs(
-        args: argparse.Namespace, trainer: Trainer, out: Path, settings: dict[str, Any], watched: Split) -> int:
+def run_epochs(run: Run, trainer: Trainer, watched: Split) -> int:
     """Train to the end with a checkpoint each epoch, or to the first signal; return that signal or 0."""
-    world, stopped = trainer.world, 0
+    args, out, world, stopped = run.args, run.out, run.world, 0
     received: list[int] = []
     trainer.model.train()
     with ctrl_c.handled_by(lambda number, _: received.append(number)), CheckpointWriter(out) as writer, Display(
@@ -295,7 +226,7 @@ def run_epochs(
                 raise RunError(f"{error}; {kept}") from error
             row = trainer.epochs[-1] if trainer.step % trainer.steps_per_epoch == 0 else None
             if row:
-                if args.holdout or (args.eval_every and row["epoch"] % args.eval_every == 0):
+                if args.holdout or (run.eval_every and row["epoch"] % run.eval_every == 0):
                     world.average_buffers(trainer.model, trainer.ema)
                     scores = evaluate(trainer.averaged, *watched, trainer.device, trainer.autocast, world=world)
                     row.update(eval_split="held-out" if args.holdout else "test", eval_top1=scores["top1"])
@@ -303,10 +234,7 @@ def run_epochs(
             if world.main:
                 # The folder of the data may be another when the run is resumed, so it is not a setting.
                 data_dir = args.data_dir and str(Path(args.data_dir).resolve())
-                writer.save(tensors, dict(
-                    state, settings=settings, data_dir=data_dir, **args.digests, earlier=args.earlier,
-                    command=args.command, eval_every=args.eval_every, deterministic=args.deterministic,
-                    machine=args.machine))
+                writer.save(tensors, dict(state, **run.record, data_dir=data_dir, machine=run.machine))
             if row:
                 display.epoch(row)  # after its checkpoint: there may be nobody to print to any more
     return stopped

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import cifar
 
 from harness.options import parse_args
+from harness.recipes import make_recipe
 
 SMALL = ["--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "160", "--epochs", "1"]
 
@@ -96,7 +97,7 @@ def test_a_classifier_of_other_classes_begins_anew(first):
     args = parse_args([*SMALL, "--dataset", "digits"])
     data = cifar.load_dataset("digits", None)
     data.class_names = data.class_names[:7]
-    model, _ = cifar.build_model(args, cifar.make_recipe("quick", "digits", {}), data)
+    model, _ = cifar.build_model(args, make_recipe("quick", "digits", {}), data)
     classifier = {name: value.clone() for name, value in model.get_classifier().state_dict().items()}
     weights = load_file(first)
     cifar.load_initial_weights(model, weights, first)

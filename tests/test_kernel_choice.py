@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
 
-from harness import precision
+from harness import precision, run
 from harness.kernels import cpu_choice, cpu_library
 from harness.kernels.cpu_choice import kernels_pay, why_no_kernels
 from harness.kernels.cpu_library import library
@@ -82,7 +82,7 @@ def test_kernels_are_worth_their_use_here():
 @pytest.mark.parametrize(("flags", "used"), [([], False), (["--cpu-kernels"], True)])
 def test_kernels_that_are_slow_are_used_only_if_asked_for(monkeypatch, capsys, tmp_path, flags, used):
     monkeypatch.setattr(cpu_choice, "_convolution_seconds", lambda ours: 3.0 if ours else 1.0)
-    monkeypatch.setattr(cifar, "kernels_pay", kernels_pay.__wrapped__)
+    monkeypatch.setattr(run, "kernels_pay", kernels_pay.__wrapped__)
     out = tmp_path / "run"
     cifar.main(["--model", "plain_cnn8_cifar", "--dataset", "digits", "--device", "cpu", "--limit", "64",
                 "--epochs", "1", "--out", str(out), *flags])
@@ -95,7 +95,7 @@ def test_a_resumed_run_measures_nothing_anew(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     command = ["--model", "plain_cnn8_cifar", "--dataset", "digits", "--device", "cpu", "--limit", "64"]
     for pays in (True, False):
-        monkeypatch.setattr(cifar, "kernels_pay", lambda pays=pays: pays)
+        monkeypatch.setattr(run, "kernels_pay", lambda pays=pays: pays)
         cifar.main([*command, "--epochs", "2", *([] if pays else ["--resume"])])
     (result,) = tmp_path.glob("runs/*/result.json")
     assert json.loads(result.read_text())["settings"]["cpu_kernels"]

@@ -322,7 +322,8 @@ def test_a_training_hears_hangups_unless_they_are_ignored(monkeypatch, handler):
     try:
         signal.signal(signal.SIGHUP, handler)
         with pytest.raises(Stop):
-            cifar.run_epochs(None, SimpleNamespace(world=None, model=torch.nn.Identity()), None, {}, None)
+            cifar.run_epochs(
+                SimpleNamespace(args=None, out=None, world=None), SimpleNamespace(model=torch.nn.Identity()), None)
         assert (seen == [handler]) == (handler == signal.SIG_IGN)
         assert signal.getsignal(signal.SIGHUP) == handler
     finally:
