@@ -79,11 +79,11 @@ def measure(model: nn.Module, images: torch.Tensor, rounds: int) -> dict[str, An
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["ran_att56_cifar", "ran_att92_cifar_orig"])
-    parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[1, 64])
-    parser.add_argument("--rounds", type=positive, default=15)
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--models", nargs="+", default=["ran_att56_cifar", "ran_att92_cifar_orig"],
+                        help="timm models")
+    parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[1, 64], help="images of a forward")
+    parser.add_argument("--rounds", type=positive, default=15, help="measurements of each form, in turns")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--out", type=Path, help="folder for fuse.json")

@@ -9,7 +9,6 @@ Dietterich, 2019).
 from harness import ctrl_c, extras, openmp  # noqa: F401  (before torch, see there)
 
 # isort: split
-import argparse
 import io
 import math
 import statistics
@@ -113,8 +112,7 @@ def measure(name: str, data_dir: str | None, rows: int | None, device: torch.dev
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", metavar="NAME",
                         help="timm models with weights (default: all weights in the package)")
     parser.add_argument("--data-dir", help="Parquet files on disk, in the Hub's layout (default: the Hub)")

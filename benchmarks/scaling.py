@@ -72,10 +72,9 @@ def measure(form: dict[str, Any], args: argparse.Namespace, device: torch.device
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--processes", nargs="+", type=positive, default=[1, 2])
-    parser.add_argument("--model", default="ran_att56_cifar")
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--processes", nargs="+", type=positive, default=[1, 2], help="numbers of them to compare")
+    parser.add_argument("--model", default="ran_att56_cifar", help="a timm model")
     parser.add_argument("--recipe", default="best", help="as for cifar.py, at full resolution")
     parser.add_argument("--batch-size", type=positive, default=256, help="of all processes together")
     parser.add_argument("--limit", type=positive, default=1280, help="training images")

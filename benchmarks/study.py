@@ -279,8 +279,7 @@ def run_all(names: Sequence[str], args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--list", action="store_true", help="show every experiment and its state")
     action.add_argument("--run", nargs="+", metavar="NAME", help="run these experiments")
@@ -297,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--nproc", type=positive, default=1, help="processes of torchrun")
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/study with the default --results, "
                                                   "otherwise runs in the folder of the results)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--docs", type=Path, help="folder of results.md, whose tables are written anew (default: docs "
                                                   "with the default --results, otherwise the folder of the results)")
     args = parser.parse_args(argv)

@@ -5,7 +5,6 @@
 from harness import ctrl_c, extras  # noqa: F401  (before torch, see there)
 
 # isort: split
-import argparse
 import hashlib
 import json
 import random
@@ -88,10 +87,9 @@ def survive(kills: int, epochs: int, limit: int, seed: int, folder: Path) -> dic
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--kills", type=positive, default=20)
-    parser.add_argument("--epochs", type=positive, default=40)
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=positive, default=20, help="times the training is killed")
+    parser.add_argument("--epochs", type=positive, default=40, help="of the training")
     parser.add_argument("--limit", type=positive, default=640, help="training images")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="folder for survive.json")

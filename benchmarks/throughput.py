@@ -39,12 +39,12 @@ PRICE_OF_ATTENTION = ("resnet50", "resnetv2_50")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["ran_att56_cifar", "ran_att92_cifar"])
-    parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[128])
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--models", nargs="+", default=["ran_att56_cifar", "ran_att92_cifar"],
+                        help="timm models, beside its ResNets")
+    parser.add_argument("--batch-sizes", nargs="+", type=positive, default=[128], help="images of a step")
     parser.add_argument("--size", type=positive, default=32, help="side of the images, pixels")
-    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--gpu-kernels", action=argparse.BooleanOptionalAction, default=False,
                         help="train in the harness's form with our kernels for GPUs")
     parser.add_argument("--rounds", type=positive, default=7, help="measurements of each case")

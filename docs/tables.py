@@ -64,7 +64,7 @@ def shipped_weights() -> str:
         f"{result['final']['error']:.2f} %",
         f"{result['params']:,}",
         f"{result['macs'] / 1e6:.1f} M",
-        f"`{result['recipe']}`, {' + '.join(str(run['epochs']) for run in _runs(result))} epochs",
+        f"`{result['recipe']}` (flags below), {' + '.join(str(run['epochs']) for run in _runs(result))} epochs",
         f"{machine(result['hardware'])}, {result['settings']['precision']}, "
         f"{duration(sum(run['seconds'] for run in _runs(result)))}",
         _images_per_s(throughput, result["model"]),
@@ -72,7 +72,7 @@ def shipped_weights() -> str:
     ) for name, result in results.items()]
     commands = "\n\n".join(
         "\n".join((f"# {name}", *(run["command"] for run in _runs(result)))) for name, result in results.items())
-    head = ("weights", "test error", "parameters", "MACs", "recipe", "trained on, in what time",
+    head = ("weights", "test error", "parameters", "MACs", "recipe", "trained on, in minutes",
             "images/s, forward / training", "corrupted images")
     text = table(head, "lrrrllrr", rows)
     mirrored = ", ".join(f"`{name}` {100 - result['final']['top1_flip']:.2f} %" for name, result in results.items())
@@ -301,7 +301,7 @@ def speed_summary() -> str:
         largest = max(case["batch_size"] for case in cases)
         threads = measured["hardware"].get("threads")
         on = machine(measured["hardware"]) + (f", {threads} threads" if threads else "")
-        names = {"harness": "`cifar.py`", "dataloader": "the usual way: eager, NCHW, `DataLoader`"}
+        names = {"harness": "as `cifar.py` does, plain SGD", "dataloader": "the usual way: eager, NCHW, `DataLoader`"}
         rows += [(f"`{case['model']}`", f"{names[case['form']]}, {case['precision']}", str(largest), on,
                   f"{case['train']['images_per_s']:.0f}") for case in cases if case["batch_size"] == largest]
     runs: dict[tuple[str, str, str], list[tuple[int, float]]] = {}

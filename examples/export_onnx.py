@@ -14,7 +14,7 @@ from typing import Any
 import onnxruntime
 import timm
 import torch
-from training import RunError, check_model, check_out, names_weights, one_line_errors, positive, write_report
+from training import Parser, RunError, check_model, check_out, names_weights, one_line_errors, positive, write_report
 
 import ran_layers
 
@@ -30,15 +30,14 @@ def milliseconds(function: Callable[[], Any], repeats: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="ran_att56_cifar.cifar10",
                         help="any timm model: with its trained weights if the name has a tag or is local-dir:FOLDER, "
                              "random ones otherwise")
     parser.add_argument("--weights", type=Path, help="safetensors file of the model, instead")
     parser.add_argument("--onnx", type=Path, default=Path("runs/model.onnx"), help="where the exported network goes")
-    parser.add_argument("--repeats", type=positive, default=20)
-    parser.add_argument("--out", type=Path, default=Path("runs/export_onnx.json"))
+    parser.add_argument("--repeats", type=positive, default=20, help="timings of each, whose median counts")
+    parser.add_argument("--out", type=Path, default=Path("runs/export_onnx.json"), help="the figures")
     args = parser.parse_args(argv)
     with one_line_errors():
         export(args)

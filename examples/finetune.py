@@ -18,6 +18,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from training import (
     Dataset,
+    Parser,
     RunError,
     accuracy,
     check_model,
@@ -61,20 +62,20 @@ def run(pretrained: bool, data: Dataset, args: argparse.Namespace) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="ran_att56_cifar.cifar10", help="a timm model with trained weights")
     parser.add_argument("--weights", type=Path, help="safetensors file of the model (default: those of the package)")
-    parser.add_argument("--dataset", choices=("digits", "cifar100"), default="digits")
+    parser.add_argument("--dataset", choices=("digits", "cifar100"), default="digits", help="what to learn")
     parser.add_argument("--data-dir", help="Parquet files on disk, in the Hub's layout (default: the Hub)")
     parser.add_argument("--images", type=positive, default=200, help="train on so many images")
-    parser.add_argument("--epochs", type=positive, default=20)
-    parser.add_argument("--batch-size", type=positive, default=32)
-    parser.add_argument("--lr", type=positive_number, default=2e-3)
-    parser.add_argument("--layer-decay", type=positive_number, default=0.7)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=positive, default=20, help="passes over them")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images of a step")
+    parser.add_argument("--lr", type=positive_number, default=2e-3, help="highest learning rate")
+    parser.add_argument("--layer-decay", type=positive_number, default=0.7,
+                        help="learning rate of a layer, as a factor on that of the next")
+    parser.add_argument("--seed", type=int, default=0, help="of order and augmentation")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument("--out", type=Path, default=Path("runs/finetune.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/finetune.json"), help="the figures")
     args = parser.parse_args(argv)
     with one_line_errors():
         compare(args)

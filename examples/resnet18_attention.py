@@ -15,6 +15,7 @@ import torch.nn as nn
 from timm.scheduler import CosineLRScheduler
 from training import (
     Dataset,
+    Parser,
     RunError,
     accuracy,
     check_out,
@@ -69,16 +70,15 @@ def run(attention: bool, seed: int, data: Dataset, args: argparse.Namespace) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", help="Parquet files on disk, in the Hub's layout (default: the Hub)")
     parser.add_argument("--images", type=positive, default=5000, help="train on so many images")
-    parser.add_argument("--epochs", type=positive, default=5)
-    parser.add_argument("--batch-size", type=positive, default=128)
-    parser.add_argument("--lr", type=positive_number, default=0.1)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=positive, default=5, help="passes over them")
+    parser.add_argument("--batch-size", type=positive, default=128, help="images of a step")
+    parser.add_argument("--lr", type=positive_number, default=0.1, help="highest learning rate")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a pair of trainings for each")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument("--out", type=Path, default=Path("runs/resnet18_attention.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/resnet18_attention.json"), help="the figures")
     args = parser.parse_args(argv)
     with one_line_errors():
         compare(args)

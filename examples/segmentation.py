@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from training import (
+    Parser,
     RunError,
     check_model,
     check_out,
@@ -82,16 +83,15 @@ def mean_iou(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]],
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--backbone", default="ran_att56_cifar",
                         help="any timm model with features_only: with its trained weights if the name has a tag")
-    parser.add_argument("--steps", type=positive, default=250)
-    parser.add_argument("--batch-size", type=positive, default=32)
-    parser.add_argument("--lr", type=positive_number, default=2e-3)
-    parser.add_argument("--test-images", type=positive, default=128)
+    parser.add_argument("--steps", type=positive, default=250, help="of the training")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images of a step")
+    parser.add_argument("--lr", type=positive_number, default=2e-3, help="highest learning rate")
+    parser.add_argument("--test-images", type=positive, default=128, help="test on so many images")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument("--out", type=Path, default=Path("runs/segmentation.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/segmentation.json"), help="the figures")
     args = parser.parse_args(argv)
     with one_line_errors():
         segment(args)

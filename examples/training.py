@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from harness.arguments import check_models, positive, positive_number
+from harness.arguments import Parser, check_models, positive, positive_number
 from harness.augment import crop_flip, normalize
 from harness.checkpoint import check_out, write_json
 from harness.data import Dataset, load_dataset
@@ -19,6 +19,7 @@ from harness.errors import RunError, first_line, one_line_errors
 
 __all__ = [
     "Dataset",
+    "Parser",
     "RunError",
     "accuracy",
     "check_model",

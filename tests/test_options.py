@@ -1,6 +1,7 @@
 """The command line of `cifar.py`: what it refuses, in one line, before anything is written, and what flags mean."""
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,24 @@ from harness.network import load_initial_weights
 from harness.options import parse_args
 from harness.recipes import make_recipe
 from harness.result import selection
+
+
+@pytest.mark.parametrize("script", [
+    *(f"benchmarks/{name}" for name in ("cifar", "fuse", "robustness", "scaling", "study", "survive", "throughput")),
+    *(f"examples/{name}" for name in ("export_onnx", "finetune", "resnet18_attention", "segmentation"))])
+def test_help_says_what_every_flag_is_and_no_default_that_is_none(script, monkeypatch, capsys):
+    folder, name = script.split("/")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / folder))
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main(["--help"])
+    assert ended.value.code == 0
+    options = capsys.readouterr().out.split("options:\n")[1]
+    for lines in options.split("\n  -")[1:]:
+        flag, text = re.fullmatch(r"(.+?)(?:  +|\n +)(\S.*)", lines.strip().split("\n\n")[0], re.DOTALL).groups()
+        assert len(text.split()) > 1, flag
+        assert "default: None" not in text, flag
+        assert text.count("(default: ") < 2, flag
 
 
 @pytest.mark.parametrize(("args", "message"), [

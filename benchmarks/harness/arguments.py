@@ -9,11 +9,22 @@ from timm import is_model, list_models
 from harness.errors import RunError
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Says what a flag is where nobody gives it, unless its own text does or it is nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS)) or "default" in text:
+            return text
+        words = action.default if isinstance(action.default, list) else [action.default]
+        return f"{text} (default: {' '.join(map(str, words))})" if words else text
+
+
 class Parser(argparse.ArgumentParser):
     """Flags by their whole names, and errors of one line, as those of what comes after it."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; --help lists the flags\n")

@@ -1,7 +1,7 @@
 """The command line of `cifar.py`."""
 import argparse
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,21 @@ from harness.recipes import CHOICES, RECIPES, Recipe
 
 def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = None) -> argparse.Namespace:
     """Parse the command line; ``defaults`` by argument take the place of the parser's own."""
-    parser = Parser(
-        description="Train, evaluate and save a network on CIFAR-10, CIFAR-100 or digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Train, evaluate and save a network on CIFAR-10, CIFAR-100 or digits.")
     parser.add_argument("--model", default="ran_att56_cifar", help="any timm model name")
     parser.add_argument("--model-kwargs", nargs="*", action="extend", default=[], metavar="KEY=VALUE",
                         help="arguments of the model, values as JSON, e.g. attention_args='{\"learning\": \"naive\"}'")
     parser.add_argument("--initial-checkpoint", type=Path, metavar="FILE",
                         help="begin with the weights of another run, its model.safetensors or checkpoint.safetensors; "
                              "a classifier of other classes begins anew")
-    parser.add_argument("--dataset", default="cifar10", choices=DATASETS)
+    parser.add_argument("--dataset", default="cifar10", choices=DATASETS, help="what to train on")
     parser.add_argument("--data-dir", type=not_empty,
                         help="Parquet files on disk, in the Hub's layout (default: the Hub)")
-    parser.add_argument("--recipe", choices=RECIPES, help="default: best on a GPU, quick on a CPU")
+    parser.add_argument("--recipe", choices=RECIPES, help="hyper-parameters (default: best on a GPU, quick on a CPU)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and wrong labels")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--precision", choices=("bf16", "fp32"),
-                        help="default: bf16 where the processor is clearly faster in it")
+                        help="of the computations (default: bf16 where the processor is clearly faster in it)")
     parser.add_argument("--compile", choices=("off", "units", "model"),
                         help="what torch.compile compiles (default: units on a GPU, off on a CPU)")
     parser.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True,
@@ -55,17 +53,17 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     parser.add_argument("--eval-only", action="store_true",
                         help="evaluate the finished run in --out or, without --out, the pretrained weights of --model")
-    group = parser.add_argument_group("hyper-parameters", "override the recipe's")
+    group = parser.add_argument_group(
+        "hyper-parameters", "in place of the recipe's, of which docs/training.md has a table")
     for field in fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
         default: Any = field.default
-        assert default is not MISSING
+        kind: dict[str, Any] = dict(type=type(default), choices=CHOICES.get(field.name))
         if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+            kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(default, tuple):
-            group.add_argument(flag, type=float, nargs="*", default=None)
-        else:
-            group.add_argument(flag, type=type(default), choices=CHOICES.get(field.name), default=None)
+            kind = dict(type=float, nargs="*")
+        group.add_argument(flag, default=None, help=field.metadata["help"], **kind)
     parser.set_defaults(**defaults or {})
     args = parser.parse_args(argv)
     # The last of each counts, whether from one flag, from several, or from a run that is resumed.

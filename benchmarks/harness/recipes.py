@@ -3,7 +3,7 @@
 Each entry of a recipe is a command line flag of `cifar.py` too (`batch_size` is `--batch-size`).
 """
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,34 +14,45 @@ from harness.errors import RunError
 from harness.muon import Muon
 
 
+def setting(default: Any, meaning: str) -> Any:
+    """Return a field of a recipe, with what its flag's help says."""
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Hyper-parameters of one training run."""
 
-    epochs: int = 60
-    batch_size: int = 128
-    optimizer: str = "sgd"  # sgd (Nesterov), adam, muon
-    lr: float = 0.2
-    momentum: float = 0.9
-    muon_momentum: float = 0.95  # muon: of the convolutions it orthogonalises; `momentum` is that of the rest
-    muon_sgd_lr: float = 0.1  # muon: of the rest, the first convolution, normalisations and the classifier
-    weight_decay: float = 5e-4  # on convolution and linear weights; with muon on those it orthogonalises
-    schedule: str = "onecycle"  # onecycle (linear up, linear down to 0), step, constant
-    warmup: float = 0.2  # onecycle: fraction of the training on the way up
-    milestones: tuple[float, ...] = ()  # step: fractions of the training at which lr is divided by 10
-    label_smoothing: float = 0.1
-    ema_decay: float = 0.0  # moving average of the weights per step; 0 is off
-    pad: int = 4  # random crop after padding by this many pixels
-    pad_mode: str = "reflect"  # reflect, zeros
-    flip: str = "alternate"  # random, alternate (each image flipped in every second epoch), none
-    rotate: float = 0.0  # largest rotation, degrees
-    shift: float = 0.0  # largest shift, fraction of the image
-    cutout: int = 0  # side of the erased square, pixels
-    mixup: float = 0.0  # alpha of the Beta distribution; 0 is off
-    cutmix: float = 0.0
-    resolutions: tuple[float, ...] = ()  # (from fraction, pixels) pairs, flat; training images shrink to these
-    standardize: bool = True  # channel means and deviations; otherwise pixels / 255
-    drop_path: float = 0.0
+    epochs: int = setting(60, "passes over the training images")
+    batch_size: int = setting(128, "images of a step, of all processes together")
+    optimizer: str = setting(
+        "sgd", "Nesterov SGD, Adam, or Muon: of the convolutions but the first, which it orthogonalises, and SGD of "
+        "the rest")
+    lr: float = setting(0.2, "highest learning rate; of what Muon orthogonalises, where that is the optimizer")
+    momentum: float = setting(0.9, "of SGD")
+    muon_momentum: float = setting(0.95, "of what Muon orthogonalises")
+    muon_sgd_lr: float = setting(0.1, "highest learning rate of what Muon leaves to SGD")
+    weight_decay: float = setting(
+        5e-4, "of the weights of convolutions and linear layers; with Muon, of those that it orthogonalises")
+    schedule: str = setting(
+        "onecycle", "of the learning rate: linearly up, then down to 0; divided by 10 at each milestone; constant")
+    warmup: float = setting(0.2, "share of the training on the way up of onecycle")
+    milestones: tuple[float, ...] = setting((), "of step, as shares of the training")
+    label_smoothing: float = setting(0.1, "share of the target that all classes have in common")
+    ema_decay: float = setting(0.0, "of the moving average of the weights, which is kept, for each step; 0 is none")
+    pad: int = setting(4, "pixels around an image before it is cropped at random to its size")
+    pad_mode: str = setting("reflect", "what those pixels are")
+    flip: str = setting(
+        "alternate", "mirror images: each in every second epoch, at random, or none")
+    rotate: float = setting(0.0, "largest rotation, degrees")
+    shift: float = setting(0.0, "largest shift, as a share of the image")
+    cutout: int = setting(0, "side of a square that is erased from each image, pixels")
+    mixup: float = setting(0.0, "alpha of the Beta distribution by which images are mixed; 0 is off")
+    cutmix: float = setting(0.0, "alpha of the Beta distribution by which rectangles are exchanged; 0 is off")
+    resolutions: tuple[float, ...] = setting(
+        (), "pairs of a share of the training and the pixels to which images are shrunk from there on; none: full size")
+    standardize: bool = setting(True, "by mean and deviation of each channel; otherwise pixels are divided by 255")
+    drop_path: float = setting(0.0, "highest rate of stochastic depth, of models that have it")
 
 
 RECIPES: dict[str, Recipe] = {
@@ -86,16 +97,16 @@ def make_recipe(name: str, dataset: str, overrides: dict[str, Any]) -> Recipe:
     for name in ("epochs", "batch_size"):
         if getattr(recipe, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(recipe, name)}")
-    for field in fields(recipe):
-        value = getattr(recipe, field.name)
-        flag = "--" + field.name.replace("_", "-")
-        if field.name in CHOICES and value not in CHOICES[field.name]:
-            raise RunError(f"{flag} must be one of {', '.join(CHOICES[field.name])}, got {value}")
+    for entry in fields(recipe):
+        value = getattr(recipe, entry.name)
+        flag = "--" + entry.name.replace("_", "-")
+        if entry.name in CHOICES and value not in CHOICES[entry.name]:
+            raise RunError(f"{flag} must be one of {', '.join(CHOICES[entry.name])}, got {value}")
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # nor NaN
             raise RunError(f"{flag} must be finite and not negative, got {value}")
-        if field.name in _BELOW_ONE and value >= 1:
+        if entry.name in _BELOW_ONE and value >= 1:
             raise RunError(f"{flag} must be below 1, got {value:g}")
-        if field.name in _UP_TO_ONE and value > 1:
+        if entry.name in _UP_TO_ONE and value > 1:
             raise RunError(f"{flag} must be at most 1, got {value:g}")
     if len(recipe.resolutions) % 2:
         raise RunError(f"--resolutions must be pairs of fraction and pixels, got {recipe.resolutions}")

@@ -48,7 +48,8 @@ COMPARISONS = (
     Comparison("trunk with units added, equal MACs, against Attention-56", ("trunk56-macs-best", "att56-cifar10-best")),
     Comparison("... equal parameters", ("trunk56-params-best", "att56-cifar10-best")),
     Comparison(
-        "trunk with units added, equal parameters, against Attention-92, half of the labels wrong",
+        "trunk with units added (the paper: ResNet-164), equal parameters, against Attention-92, half of the labels "
+        "wrong",
         (noisy("trunk92", 0.5, "best"), noisy("att92", 0.5, "best")),
         published=((noise("ResNet-164", 0.5), noise("Attention-92", 0.5)),)),
     Comparison(
