@@ -62,7 +62,8 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
     pass. Images may come in either order. Any network that ``torch.fx`` can trace will do; what does not fit one of
     the two patterns stays as it is, and so does what is called twice, has two names, hooks or a forward of its own, or
     lends its weights to something else. The result cannot be trained any further, and answers for ``forward`` with its
-    default arguments, and for timm's interface where that runs the same layers. Fuse in float32, then cast.
+    default arguments, and for timm's interface where that runs the same layers. Fuse in float32, then cast. Save the
+    network from before: the weights of a fused one fit no other, so fuse after loading.
 
     Args:
         model: The network; its normalisations must have running statistics to be folded.
@@ -73,7 +74,8 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``torch.fx`` cannot trace it, or it is the result of ``torch.compile``; it is then as it was.
+        ValueError: ``torch.fx`` cannot trace it, it is the result of ``torch.compile``, or wrapped for several devices;
+            it is then as it was.
 
     Example:
         >>> import timm
@@ -86,6 +88,8 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
         raise TypeError(f"model must be an nn.Module, got {model!r} ({type(model).__name__})")
     if hasattr(model, "_orig_mod"):
         raise ValueError("model must be fused before it is compiled: torch.compile(fuse(model))")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(f"model must not be wrapped in {type(model).__name__}: fuse(model.module)")
     if not inplace:
         model = copy.deepcopy(model)
     with evaluating(model):
@@ -109,9 +113,10 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
             continue
         model.set_submodule(node.target, left)
     model.eval()  # with what came in
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    for module in model.modules():
+        if type(module) in (*CONVS, nn.ConvTranspose2d):  # what others do with their weights may need another order
+            weight: Any = module.weight
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return model
 
 

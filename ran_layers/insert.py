@@ -57,7 +57,7 @@ class InsertedAttention(nn.Module):
         self.gamma = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.reset_parameters()
         self.nhwc = nhwc
-        self.hook: Any = None  # removes the forward hook of the host, if it has one
+        self.hook: Any = None  # removes the forward hook of the host, if that does not run its children by itself
 
     def reset_parameters(self) -> None:
         """Begin as the identity, also after the meta device; ``attention`` keeps its own weights."""
@@ -128,27 +128,28 @@ def insert_attention(
     hosts = _find_hosts(model, where)
     if len(hosts) > 1 and isinstance(module_args.get("trunk"), nn.Module):
         raise ValueError(f"trunk is one module and cannot be in {len(hosts)} places: insert one at a time")
-    if example_input is None:
-        example_input = _blank_image(model)
 
     inserted = {}
-    outputs = _run(model, hosts, example_input)
-    # Channels are last in few networks, and a stride or a border may make a map's width look like channels.
-    doubtful = {name: output for name, output in outputs.items()
-                if len(set(output.shape[1:])) == 1 or _is_nhwc(output, example_input)}
-    wide = _run_wide(model, hosts, doubtful, example_input) if doubtful else {}
-    for name, output in outputs.items():
-        nhwc = wide.get(name, _is_nhwc(output, example_input))
-        channels = output.shape[-1 if nhwc else 1]
-        dd: dict[str, Any] = {"device": output.device, "dtype": output.dtype}
-        attention = AttentionModule(channels, **module_args, **dd)
-        inserted[name] = InsertedAttention(attention, channels, nhwc=nhwc, **dd).eval()
-        _check_fit(name, inserted[name], output)
+    with torch.inference_mode(False):  # in it, parameters could not be trained
+        if example_input is None:
+            example_input = _blank_image(model)
+        outputs, running = _run(model, hosts, example_input)
+        # Channels are last in few networks, and a stride or a border may make a map's width look like channels.
+        doubtful = {name: output for name, output in outputs.items()
+                    if len(set(output.shape[1:])) == 1 or _is_nhwc(output, example_input)}
+        wide = _run_wide(model, hosts, doubtful, example_input) if doubtful else {}
+        for name, output in outputs.items():
+            nhwc = wide.get(name, _is_nhwc(output, example_input))
+            channels = output.shape[-1 if nhwc else 1]
+            dd: dict[str, Any] = {"device": output.device, "dtype": output.dtype}
+            attention = AttentionModule(channels, **module_args, **dd)
+            inserted[name] = InsertedAttention(attention, channels, nhwc=nhwc, **dd).eval()
+            _check_fit(name, inserted[name], output)
 
     for name, module in inserted.items():  # only now that nothing can fail any more
         module.train(hosts[name].training)
         host = hosts[name]
-        if not isinstance(host, nn.Sequential):  # a Sequential runs its children by itself
+        if name not in running:
             # Before other hooks, so that timm's extractors and who else looks at the output see what the network goes
             # on with.
             module.hook = host.register_forward_hook(_attend, prepend=True)
@@ -242,9 +243,7 @@ def _find_hosts(model: nn.Module, where: Where) -> dict[str, nn.Module]:
             raise ValueError(f"{name!r} has an Attention Module already; undo it with remove_attention first")
         runs_children_itself = isinstance(host, (nn.Sequential, nn.ModuleDict, nn.ModuleList))
         if runs_children_itself and type(host).forward is not nn.Sequential.forward:
-            raise ValueError(
-                f"{name!r} is a container ({type(host).__name__}) that runs its children in its own way, where a new "
-                f"child would be in the way; name a module before or after it")
+            raise ValueError(_runs_its_children(name, host))
         levels = [level for level in _feature_levels(model) if level.startswith(f"{name}.")]
         if len(levels) > 1 and type(host).forward is nn.Sequential.forward:
             raise ValueError(
@@ -269,11 +268,22 @@ def _stage_names(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     def forms(level: str) -> tuple[str, ...]:
         return level, level.replace(".", "_"), level.replace(".", "_", 1), f"model.{level}", f"body.{level}"
 
-    return [next((form for form in forms(level) if form in modules), level) for level in levels]
+    names = [next((form for form in forms(level) if form in modules), None) for level in levels]
+    if None in names:
+        raise ValueError(f"where='stages' needs feature levels that are outputs of modules; in {type(model).__name__} "
+                         f"there is none for the level {levels[names.index(None)]!r}; name modules")
+    return [name for name in names if name]
 
 
 def _blank_image(model: nn.Module) -> torch.Tensor:
-    """Return an input that the network can be expected to take."""
+    """Return an input that the network can be expected to take.
+
+    Raises:
+        ValueError: The network has lazy layers, which the first image would shape.
+    """
+    if any(map(nn.parameter.is_lazy, model.parameters())):
+        raise ValueError(f"{type(model).__name__} has lazy layers, which take their shape from the first image; run it "
+                         "once, or pass example_input")
     parameter = next(model.parameters(), torch.empty(0))
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     channels, *size = cfg.get("input_size") or (3, PROBE_SIZE, PROBE_SIZE)
@@ -286,19 +296,28 @@ def _blank_image(model: nn.Module) -> torch.Tensor:
     return torch.zeros(1, channels, *size, device=parameter.device, dtype=parameter.dtype)
 
 
-def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the feature map that each host gives in one forward pass."""
-    outputs: dict[str, list[Any]] = {name: [] for name in hosts}
+def _run(
+        model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Tensor,
+) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Return the feature map that each host gives in one forward pass, and the hosts that would run a new child.
 
-    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, output: outputs[name].append(output)
+    Those do as a Sequential: their output is that of their last child.
+    """
+    outputs: dict[str, list[Any]] = {name: [] for name in hosts}
+    guests: dict[str, list[Any]] = {name: [] for name in hosts}
+
+    def record(name: str, into: dict[str, list[Any]]) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: into[name].append(output)
 
     # Recomputed or compiled, a network calls the children of some hosts without the hosts, or no hooks.
     modules: list[Any] = list(model.modules())
     checkpointed = [module for module in modules if getattr(module, "grad_checkpointing", False) is True]
     # Before other hooks, as the Attention Modules will be.
-    hooks = [host.register_forward_hook(record(name), prepend=True) for name, host in hosts.items()]
+    hooks = [host.register_forward_hook(record(name, outputs), prepend=True) for name, host in hosts.items()]
     try:
+        for name, host in hosts.items():
+            host.add_module(CHILD, nn.Identity())
+            hooks.append(host.get_submodule(CHILD).register_forward_hook(record(name, guests)))
         for module in checkpointed:
             module.grad_checkpointing = False
         with evaluating(model), _without_autocast(example_input.device.type), _uncompiled():
@@ -310,6 +329,9 @@ def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Ten
     finally:
         for hook in hooks:
             hook.remove()
+        for host in hosts.values():
+            if CHILD in host._modules:
+                delattr(host, CHILD)
         for module in checkpointed:
             module.grad_checkpointing = True
 
@@ -324,8 +346,15 @@ def _run(model: nn.Module, hosts: dict[str, nn.Module], example_input: torch.Ten
             raise ValueError(
                 f"{name!r} ({kind}) must return a feature map (batch, channels, height, width) or "
                 f"(batch, height, width, channels), it returns {got}")
+        if guests[name] and (len(guests[name]) > 1 or guests[name][0] is not found[0]):
+            raise ValueError(_runs_its_children(name, hosts[name]))
         maps[name] = found[0]
-    return maps
+    return maps, {name for name in maps if guests[name]}
+
+
+def _runs_its_children(name: str, host: nn.Module) -> str:
+    return (f"{name!r} is a container ({type(host).__name__}) that runs its children in its own way, where a new "
+            f"child would be in the way; name a module before or after it")
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -344,7 +373,7 @@ def _run_wide(
     """Tell from an image of twice the width where the channels of ``outputs`` are: in a dimension that stays."""
     image = torch.cat([example_input, example_input], -1)
     try:
-        wide = _run(model, {name: hosts[name] for name in outputs}, image)
+        wide, _ = _run(model, {name: hosts[name] for name in outputs}, image)
     except ValueError:  # a network of one input size
         return {}
     return {name: wide[name].shape[3] == output.shape[3] for name, output in outputs.items()

@@ -67,6 +67,8 @@ def draw_masks(
         raise ValueError("images must hold at least one image, got none")
     if names is not None and len(names) != len(images):
         raise ValueError(f"names must have one entry per image, got {len(names)} for {len(images)} images")
+    if not all(isinstance(name, str) for name in names or ()):
+        raise TypeError(f"names must be strings, got {list(names or ())!r}")
     images = [to_rgb(image) for image in images]
     _, to_tile = image_transforms(model, tile)
     masks, logits = predict(model, images)

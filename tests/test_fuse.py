@@ -237,6 +237,18 @@ def test_networks_cast_before_they_are_fused(norms: torch.dtype) -> None:
     assert (low.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_weights_that_a_layer_of_ones_own_reads_keep_their_order() -> None:
+    class WeightStandardized(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            deviation = self.weight.view(self.out_channels, -1).std(1).view(-1, 1, 1, 1)
+            return F.conv2d(x, self.weight / (deviation + 1e-5), self.bias)
+
+    model = nn.Sequential(WeightStandardized(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)).eval()
+    fused, images = ran_layers.fuse(model), torch.randn(2, 3, 9, 9)
+    assert (fused(images) - model(images)).abs().max() < 1e-5
+    assert fused[2].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_errors_say_what_is_wrong() -> None:
     class Untraceable(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -258,6 +270,8 @@ def test_errors_say_what_is_wrong() -> None:
     assert model.recompute
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got 'resnet18'"):
         ran_layers.fuse("resnet18")
+    with pytest.raises(ValueError, match=r"must not be wrapped in DataParallel: fuse\(model.module\)"):
+        ran_layers.fuse(nn.DataParallel(nn.Conv2d(3, 3, 1)))
 
 
 @pytest.fixture

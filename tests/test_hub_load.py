@@ -262,12 +262,22 @@ def test_layer_folders_that_are_refused(tmp_path):
     (tmp_path / "other.json").rename(tmp_path / "config.json")
     with pytest.raises(HubError, match=r"in config.json or beside it, that are none of AttentionModule \(.*'foo'\)"):
         AttentionModule.from_pretrained(tmp_path, foo=1)
+    for branch in (SoftMaskBranch, LocalMaskBranch):
+        with pytest.raises(HubError, match=f"that are none of {branch.__name__} .*unit_layer must be called with"):
+            branch.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="map_location must be a device that holds numbers, got 'meta'"):
+        AttentionModule.from_pretrained(tmp_path, map_location="meta")
     (tmp_path / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(HubError, match="not a whole safetensors file"):
         AttentionModule.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="a pickle can run any code"):
         AttentionModule.from_pretrained(tmp_path)
+
+
+def test_a_model_in_the_place_of_its_folder():
+    with pytest.raises(TypeError, match="run_dir must be the folder of a training run, got a AttentionModule"):
+        push_to_hub(AttentionModule(8), "alice/attention")
 
 
 def test_a_repository_named_beside_weights_in_the_package(hub):

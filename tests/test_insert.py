@@ -326,6 +326,67 @@ def test_as_many_channels_as_rows_and_columns():
     assert model(torch.randn(1, 3, 48, 64)).shape == (1, 8, 12, 16)
 
 
+class RunsItsChildren(nn.Module):
+    """A stage as RegNet's: what it runs is its children, whichever they are."""
+
+    def __init__(self, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
+        self.__dict__["after"] = after  # no child
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for child in self.children():
+            x = child(x)
+        return x if self.after is None else self.after(x)
+
+
+@pytest.mark.parametrize(("make", "where"), [
+    (lambda: nn.Sequential(RunsItsChildren()), "0"), (lambda: with_size("regnetx_002", 64), "stages")],
+    ids=["own", "RegNet"])
+def test_hosts_that_run_their_children_run_the_module_once(make: Callable[[], nn.Module], where: str) -> None:
+    model = make().eval()
+    image = torch.randn(1, 3, 64, 64)
+    expected = model(image)
+    hosts = insert_attention(model, where)
+    calls: list[str] = []
+    for name in hosts:
+        model.get_submodule(name).inserted_attention.register_forward_hook(lambda *_, name=name: calls.append(name))
+    assert torch.equal(model(image), expected)
+    assert calls == hosts
+    assert remove_attention(model) == hosts
+    assert torch.equal(model(image), expected)
+
+
+def test_hosts_that_do_more_behind_their_children_are_refused() -> None:
+    model = nn.Sequential(RunsItsChildren(after=nn.Conv2d(6, 6, 1)))
+    with pytest.raises(ValueError, match=r"'0' is a container \(RunsItsChildren\) that runs its children in its own"):
+        insert_attention(model, "0")
+    assert list(model[0]._modules) == ["conv1", "conv2"]
+
+
+def test_lazy_layers_take_their_shape_from_a_real_image() -> None:
+    model = nn.Sequential(nn.LazyConv2d(8, 3))
+    with pytest.raises(ValueError, match=r"Sequential has lazy layers, .* run it once, or pass example_input"):
+        insert_attention(model, "0")
+    assert isinstance(model[0], nn.LazyConv2d)
+    assert insert_attention(model, "0", example_input=torch.zeros(1, 2, 9, 9)) == ["0"]
+    assert model[0].in_channels == 2
+
+
+def test_inference_mode_does_not_keep_a_module_from_training() -> None:
+    model = with_size("resnet18", 64)
+    with torch.inference_mode():
+        insert_attention(model, "layer3")
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert model.layer3.inserted_attention.gamma.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("name", "level"), [("hrnet_w18_small", "stem"), ("tresnet_m", "")])
+def test_levels_that_are_no_modules_are_named(name: str, level: str) -> None:
+    with pytest.raises(ValueError, match=f"where='stages' needs feature levels that are outputs .* level '{level}'"):
+        insert_attention(timm.create_model(name), "stages")
+
+
 def test_what_is_no_network_and_no_image():
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got 'resnet18' \(str\)"):
         insert_attention("resnet18", "layer1")

@@ -118,6 +118,18 @@ def test_what_is_no_sequence_of_pictures_is_named(model, images):
         draw_masks(model, images)
 
 
+def test_names_that_are_none_are_named(model):
+    with pytest.raises(TypeError, match=r"names must be strings, got \[3\]"):
+        draw_masks(model, [Image.new("RGB", (32, 32))], [3])
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel], ids=["compiled", "parallel"])
+def test_wrapped_networks_are_drawn_as_what_they_wrap(model, wrap):
+    image = Image.new("RGB", (40, 30), "teal")
+    with torch.compiler.set_stance("force_eager"):
+        assert image_transforms(wrap(model), 64)[0](image).shape == (3, 32, 32)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
 def test_pictures_of_other_modes_are_drawn_as_in_rgb(model, mode):
     image = Image.new("RGB", (40, 30), "teal").convert("L")

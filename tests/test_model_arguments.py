@@ -31,6 +31,7 @@ from ran_layers.models import _cifar
     ({"global_pool": "mean"}, ValueError, "global_pool must be one of 'avg', 'max', .* got 'mean'"),
     ({"attention_args": 5}, TypeError, r"attention_args must be a dictionary or None, got 5 \(int\)"),
     ({"attention_args": {"channels": 3}}, ValueError, "attention_args must not hold channels"),
+    ({"attention_args": {"dtype": torch.float16}}, ValueError, "attention_args must not hold dtype, which is the netw"),
     ({"attention_args": {"skips": 3}}, ValueError, "skips must be at most mask_depth - 1 = 2, got 3"),
     ({"attention_args": {"skips": 2, "mask_depth": 2}}, ValueError, "skips must be at most mask_depth - 1 = 1, got 2"),
     ({"attention_args": {"skips": True}}, TypeError, r"skips must be an int of at least 0, got True \(bool\)"),
@@ -89,6 +90,21 @@ def test_numbers_of_numpy_and_units_with_linear_layers():
     model = timm.create_model(
         "ran_att56_cifar", num_classes=np.int64(3), drop_path_rate=np.float32(0.1), unit_layer=Unit)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_counts_of_numpy_become_ints_that_compilers_know():
+    sizes = {"channels": (64, 128, 256, 512), "modules": (1, 1, 1, 0), "mask_depths": (3, 2, 1, 1)}
+    model = timm.create_model(
+        "ran_att56_cifar", stem_chs=np.int64(64), **{name: [np.int64(n) for n in ns] for name, ns in sizes.items()})
+    counts = [model.num_features, *(level["num_chs"] for level in model.feature_info)]
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, AttentionModule)):
+            names = ("channels", "mask_depth", "in_channels", "out_channels")
+            counts += [value for name, value in vars(module).items() if name in names]
+    assert {type(count) for count in counts} == {int}
+    module = AttentionModule(np.int64(8), mask_depth=np.int32(2)).eval()
+    x = torch.randn(1, 8, 9, 9)
+    assert torch.equal(torch.compile(module, fullgraph=True, backend="eager")(x), module(x))
 
 
 @pytest.mark.parametrize(("kwargs", "error", "message"), [

@@ -49,7 +49,8 @@ def push_to_hub(
         token: Access token; the one of ``hf auth login`` or ``HF_TOKEN`` if None.
 
     Raises:
-        ValueError, FileNotFoundError: ``repo_id`` or ``run_dir`` is not what it must be; the message says what.
+        TypeError, ValueError, FileNotFoundError: ``repo_id`` or ``run_dir`` is not what it must be; the message says
+            what.
         HubError: The Hub refused or could not be reached; one line says why.
 
     Example:

@@ -38,9 +38,12 @@ def read_run(folder: str | Path) -> Run:
     """Return the training run in ``folder``, as ``benchmarks/cifar.py`` left it.
 
     Raises:
+        TypeError: ``folder`` is not a path.
         FileNotFoundError: The folder or a file of it is not there, or the weights are a pickle.
         ValueError: A file is damaged, lacks a field, contradicts another, or the model does not load from them.
     """
+    if not isinstance(folder, str | Path):
+        raise TypeError(f"run_dir must be the folder of a training run, got a {type(folder).__name__}")
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give the --out folder of a finished training run")

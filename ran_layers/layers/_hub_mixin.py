@@ -79,6 +79,8 @@ class HubMixin(PyTorchModelHubMixin):
             strict: bool = True,
             **model_kwargs: Any,
     ) -> Any:
+        if torch.device(map_location).type == "meta":
+            raise ValueError("map_location must be a device that holds numbers, got 'meta'")
         if Path(model_id).is_dir():
             weights = refuse_pickle(Path(model_id))
         else:
@@ -95,7 +97,14 @@ class HubMixin(PyTorchModelHubMixin):
             wrong = "comes with arguments, in config.json or beside it, that are none" if of_others else (
                 "has no config.json with the arguments")
             raise HubError(f"{model_id} {wrong} of {cls.__name__} ({error})") from None
-        model: Any = cls(**arguments)
+        try:
+            model: Any = cls(**arguments)
+        except TypeError as error:
+            if "unit_layer must be called with" not in str(error):
+                raise
+            # What **unit_args take in is refused by the units: the arguments of another layer.
+            raise HubError(f"{model_id} comes with arguments, in config.json or beside it, that are none of "
+                           f"{cls.__name__} ({error})") from None
         try:
             safetensors.torch.load_model(model, str(weights), strict=strict, device=map_location)
         except safetensors.SafetensorError as error:

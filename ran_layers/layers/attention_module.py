@@ -117,11 +117,8 @@ class AttentionModule(nn.Module, HubMixin):
             dtype: Any = None,
     ) -> None:
         super().__init__()
-        check_int("channels", channels, 1)
-        check_int("p", p, 0)
-        check_int("t", t, 0)
-        check_int("r", r, 1)
-        check_int("mask_depth", mask_depth, 1)
+        channels, p, t = check_int("channels", channels, 1), check_int("p", p, 0), check_int("t", t, 0)
+        r, mask_depth = check_int("r", r, 1), check_int("mask_depth", mask_depth, 1)
         check_choice("mask", mask, ("soft", "local"))
         if skips is not None:
             check_int("skips", skips, 0)

@@ -200,9 +200,8 @@ class SoftMaskBranch(nn.Module, HubMixin):
             **unit_args: Any,
     ) -> None:
         super().__init__()
-        check_int("channels", channels, 1)
-        check_int("mask_depth", mask_depth, 1)
-        check_int("r", r, 1)
+        channels, r = check_int("channels", channels, 1), check_int("r", r, 1)
+        mask_depth = check_int("mask_depth", mask_depth, 1)
         skips = check_int("skips", mask_depth - 1 if skips is None else skips, 0)
         if skips > mask_depth - 1:
             raise ValueError(f"skips must be at most mask_depth - 1 = {mask_depth - 1}, got {skips}")
@@ -275,8 +274,7 @@ class LocalMaskBranch(nn.Sequential, HubMixin):
             dtype: Any = None,
             **unit_args: Any,
     ) -> None:
-        check_int("channels", channels, 1)
-        check_int("units", units, 0)
+        channels, units = check_int("channels", channels, 1), check_int("units", units, 0)
         layer_args: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         check_unit_layer(unit_layer, [*layer_args, *unit_args])
         super().__init__()

@@ -61,7 +61,8 @@ class ResidualUnit(nn.Module):
         super().__init__()
         dd = check_device_dtype(device, dtype)
         norm_act = resolve_norm_act(norm_layer, act_layer)
-        out_channels, mid_channels = _check_unit(in_channels, out_channels, stride, bottle_ratio, groups, drop_path)
+        in_channels, mid_channels, out_channels, stride, groups = _check_unit(
+            in_channels, out_channels, stride, bottle_ratio, groups, drop_path)
 
         self.norm1 = norm_act(in_channels, **dd)
         self.conv1 = nn.Conv2d(in_channels, mid_channels, 1, bias=False, **dd)
@@ -140,7 +141,8 @@ class ResNeXtUnit(nn.Module):
         super().__init__()
         dd = check_device_dtype(device, dtype)
         norm_act = resolve_norm_act(norm_layer, act_layer)
-        out_channels, mid_channels = _check_unit(in_channels, out_channels, stride, bottle_ratio, groups, drop_path)
+        in_channels, mid_channels, out_channels, stride, groups = _check_unit(
+            in_channels, out_channels, stride, bottle_ratio, groups, drop_path)
 
         self.conv1 = nn.Conv2d(in_channels, mid_channels, 1, bias=False, **dd)
         self.norm1 = norm_act(mid_channels, **dd)
@@ -179,17 +181,16 @@ def is_preact(unit_layer: Any) -> bool:
 
 def _check_unit(
         in_channels: int, out_channels: int | None, stride: int, bottle_ratio: float, groups: int, drop_path: float,
-) -> tuple[int, int]:
-    """Check the arguments of a unit; return its output and inner channels."""
-    check_int("in_channels", in_channels, 1)
+) -> tuple[int, int, int, int, int]:
+    """Check the arguments of a unit; return its input, inner and output channels, stride and groups."""
+    in_channels = check_int("in_channels", in_channels, 1)
     out_channels = check_int("out_channels", in_channels if out_channels is None else out_channels, 1)
-    check_int("stride", stride, 1)
+    stride, groups = check_int("stride", stride, 1), check_int("groups", groups, 1)
     check_fraction("bottle_ratio", bottle_ratio, zero=False, one=True)
-    check_int("groups", groups, 1)
     check_fraction("drop_path", drop_path, zero=True, one=False)
     mid_channels = max(1, int(out_channels * bottle_ratio + 1e-6))  # 100 * 0.29 is 28.999...
     if mid_channels % groups:
         raise ValueError(
             f"groups must divide the inner channels (out_channels * bottle_ratio = {mid_channels}), got {groups}"
         )
-    return out_channels, mid_channels
+    return in_channels, mid_channels, out_channels, stride, groups

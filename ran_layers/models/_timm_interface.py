@@ -27,8 +27,8 @@ class Stage(nn.Module):
         return self.blocks(x)
 
 
-def check_stages(**counts: tuple[Sequence[int], int]) -> None:
-    """Check arguments that have an entry for each stage: by name the entries, and the least that each may be.
+def check_stages(**counts: tuple[Sequence[int], int]) -> list[list[int]]:
+    """Return arguments that have an entry for each stage: by name the entries, and the least that each may be.
 
     Raises:
         TypeError, ValueError: One is not a sequence, they are not equally many or empty, or an entry is not an integer
@@ -44,9 +44,8 @@ def check_stages(**counts: tuple[Sequence[int], int]) -> None:
                          f"{', '.join(str(entries) for entries, _ in counts.values())}")
     if not counts[last][0]:
         raise ValueError(f"{names[0]} must have at least one entry, the stages of the network, got none")
-    for name, (entries, least) in counts.items():
-        for i, entry in enumerate(entries):
-            check_int(f"{name}[{i}]", entry, least)
+    return [[check_int(f"{name}[{i}]", entry, least) for i, entry in enumerate(entries)]
+            for name, (entries, least) in counts.items()]
 
 
 def feature_cfg(channels: Any, stem_levels: int = 0) -> dict[str, Any]:

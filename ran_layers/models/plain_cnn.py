@@ -58,7 +58,7 @@ class PlainCNN(StagedNet):
         super().__init__(num_classes, in_chans, drop_rate, drop_path_rate)
         dd = check_device_dtype(device, dtype)
         norm_act = resolve_norm_act(norm_layer, act_layer)
-        check_stages(channels=(channels, 1), depths=(depths, 1))
+        channels, depths = check_stages(channels=(channels, 1), depths=(depths, 1))
         feature_info: list[dict[str, Any]] = []
         in_channels = in_chans
         for i, (out_channels, depth) in enumerate(zip(channels, depths)):

@@ -87,11 +87,12 @@ class ResidualAttentionNet(StagedNet):
     ) -> None:
         super().__init__(num_classes, in_chans, drop_rate, drop_path_rate)
         dd = check_device_dtype(device, dtype)
-        check_int("stem_chs", stem_chs, 1)
+        stem_chs = check_int("stem_chs", stem_chs, 1)
         layer_args: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
         norm_act = resolve_norm_act(norm_layer, act_layer)
-        check_stages(channels=(channels, 1), modules=(modules, 0), closing_units=(closing_units, 0),
-                     mask_depths=(mask_depths, 1))
+        channels, modules, closing_units, mask_depths = check_stages(
+            channels=(channels, 1), modules=(modules, 0), closing_units=(closing_units, 0),
+            mask_depths=(mask_depths, 1))
         check_unit_layer(unit_layer, ["drop_path", *layer_args], ("in_channels", "out_channels", "stride"))
         shared_args = {"unit_layer": unit_layer, **layer_args, **_check_attention_args(attention_args)}
         trunk = shared_args.get("trunk")
@@ -100,7 +101,7 @@ class ResidualAttentionNet(StagedNet):
         mask_depths = [check_int("mask_depth", shared_args.get("mask_depth", depth), 1) for depth in mask_depths]
         skips = shared_args.get("skips")
         if skips is not None:
-            check_int("skips", skips, 0)
+            skips = check_int("skips", skips, 0)
 
         self.stem, stride = _create_stem(stem_type, in_chans, stem_chs, norm_act, dd)
         self.stem_levels = 1
@@ -168,8 +169,10 @@ def _check_attention_args(value: Any) -> dict[str, Any]:
     """Return the arguments of the Attention Modules as a dictionary."""
     if not isinstance(value, Mapping | None):
         raise TypeError(f"attention_args must be a dictionary or None, got {value!r} ({type(value).__name__})")
-    if value and "channels" in value:
-        raise ValueError("attention_args must not hold channels, which are those of each stage")
+    for name, reason in (("channels", "which are those of each stage"), ("device", "which is the network's"),
+                         ("dtype", "which is the network's")):
+        if value and name in value:
+            raise ValueError(f"attention_args must not hold {name}, {reason}")
     return dict(value or {})
 
 
