@@ -19,7 +19,7 @@ def record_masks(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     order of use, the mask ``(batch, channels, height, width)`` that weighted its trunk branch. The masks are the
     tensors of the forward itself, so a loss on them has gradients. A second forward, or a module used twice,
     overwrites the first, so do not run the model in two threads. Compiled models run eagerly inside the block. No hook
-    is left behind, not even after an error.
+    is left behind, not even after an error; a copy of the model that is made inside the block has copies of them.
 
     Args:
         model: A network with Attention Modules in it, ours or another.

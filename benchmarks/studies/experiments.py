@@ -104,6 +104,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         f"att{depth}-{dataset}-{recipe}": Experiment(f"ran_att{depth}_cifar", dataset, recipe)
         for recipe in ("report", "best") for dataset in ("cifar10", "cifar100") for depth in (56, 92)
     },
+    # ... in the way that the training script takes by itself on a CPU,
+    "att56-cifar10-quick": Experiment(recipe="quick", seeds=(0,)),
     # ... and how the shipped weights were trained, some of them for longer.
     **{
         f"att{depth}-{dataset}-long": longer(f"ran_att{depth}_cifar", dataset, 110)
@@ -215,6 +217,13 @@ TABLES: dict[str, Table] = {
         "The report's networks",
         "The report's Attention-92 came out worse than its Attention-56 on CIFAR-10. Its recipe, and ours.",
         report_rows(report=", recipe `report`", best=", recipe `best`"),
+    ),
+    "recipes": Table(
+        "The recipes",
+        "What the training script takes by itself, `quick` on a CPU and `best` on a GPU, and the report's, each of its "
+        "own length.",
+        tuple(Row(f"Attention-56, CIFAR-10, recipe `{recipe}`", f"att56-cifar10-{recipe}")
+              for recipe in ("quick", "best", "report")),
     ),
     "widths": Table(
         "The widths for ImageNet on CIFAR",

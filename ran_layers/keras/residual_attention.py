@@ -198,7 +198,9 @@ def _check_input_shape(input_shape: Shape, channels_last: bool, state: dict[str,
     if not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3:
         raise ValueError(f"input_shape must be {order}, got {input_shape!r}")
     height, width, channels = input_shape if channels_last else (*input_shape[1:], input_shape[0])
-    if channels is None:
+    if not all(size is None or isinstance(size, int) for size in input_shape):
+        raise TypeError(f"input_shape must be {order} in whole numbers, or None for a side, got {input_shape!r}")
+    if channels is None or channels < 1:
         raise ValueError(f"input_shape must be {order}, the channels a number, got {tuple(input_shape)}")
     if any(side is not None and side < LEAST_SIDE for side in (height, width)):
         raise ValueError(
