@@ -54,9 +54,9 @@ def train(
     """
     keep_freed_memory()
     world, device = join_world(args.device)
-    choose_kernels(args.deterministic)
     saved = resumed[1] if resumed else None
     run, weights = decide(args, world, device, saved)
+    choose_kernels(args.deterministic)
     with world.main_first() if args.data_dir is None else contextlib.nullcontext():
         data = load_dataset(args.dataset, args.data_dir)
     (images, labels), watched = split_training_set(args, data, run.recipe)
@@ -155,7 +155,7 @@ def plan(run: Run, trainer: Trainer, costs: dict[str, int], test_images: int, re
         "model": f"{args.model}, {costs['params'] / 1e6:.2f} M parameters, {costs['macs'] / 1e6:.1f} MMACs an image",
         "data set": f"{args.dataset}, {len(trainer.images)} training and {test_images} test images"
                     + (f", {args.holdout} held out" if args.holdout else ""),
-        "device": f"{hardware(run.device)['name']} ({run.device}), {run.settings['precision']}"
+        "device": f"{hardware(run.device)['name']} ({trainer.device}), {run.settings['precision']}"
                   + (", fused kernels" if kernels else "") + (f", {processes} processes" if processes > 1 else ""),
         "recipe": f"{run.settings['recipe']}, {count(recipe.epochs, 'epoch')} of "
                   f"{count(trainer.steps_per_epoch, 'step')} of {recipe.batch_size} images, {recipe.optimizer}, "

@@ -40,6 +40,7 @@ from harness.environment import hardware, launcher, machine, pick_device
 from harness.errors import RunError, one_line_errors
 from harness.evaluate import count_macs
 from harness.kernels.cpu_choice import chooses_kernels
+from harness.options import parse_args
 from harness.precision import pick_precision
 from studies.experiments import EXPERIMENTS, TABLES, Experiment
 from studies.report import read_page, write_report
@@ -131,10 +132,11 @@ class Clock:
             key = result["model"], result["recipe"], result["settings"]["batch_size"]
             self.speeds.append((key, result["images_per_s"] * result["macs"]))
 
-    def seconds(self, run: Run, rows: int = 50_000) -> float | None:
+    def seconds(self, run: Run) -> float | None:
         """Return the estimate from the runs most like ``run``, None if nothing finished here yet."""
         experiment = run.experiment
         key = experiment.model, experiment.recipe, recipe_of(run.name).batch_size
+        rows = 50_000 - parse_args(experiment.arguments()).holdout
         for alike in (3, 2, 0):  # of the model, the recipe and the batch size
             speeds = [speed for known, speed in self.speeds if known[:alike] == key[:alike]]
             if speeds:

@@ -72,7 +72,7 @@ def shipped_weights() -> str:
     ) for name, result in results.items()]
     commands = "\n\n".join(
         "\n".join((f"# {name}", *(run["command"] for run in _runs(result)))) for name, result in results.items())
-    head = ("weights", "test error", "parameters", "MACs", "recipe", "trained on, in minutes",
+    head = ("weights", "test error", "parameters", "MACs", "recipe", "trained on, m:ss",
             "images/s, forward / training", "corrupted images")
     text = table(head, "lrrrllrr", rows)
     mirrored = ", ".join(f"`{name}` {100 - result['final']['top1_flip']:.2f} %" for name, result in results.items())
@@ -121,13 +121,13 @@ def trained_on_gpu() -> str:
 
 def defaults() -> str:
     """What the training script's own choices lead to, and how long that takes."""
-    runs = {"`--dataset digits`": _measured("digits"), "on a CPU": _measured("study/att56-cifar10-quick-10ep-seed0"),
-            "on a GPU, here run on a CPU": _measured("study/att56-cifar10-best-60ep-seed0")}
+    runs = {"`--dataset digits`": _measured("digits"), "CIFAR-10": _measured("study/att56-cifar10-quick-10ep-seed0")}
     rows = [(
         name, f"`{run['recipe']}`, {len(run['epochs'])} epochs", f"{run['final']['error']:.2f} %",
-        duration(run["seconds"]), f"{machine(run['hardware'])}, {run['settings']['precision']}",
+        duration(run["seconds"]), f"{machine(run['hardware'])}, {run['settings']['precision']}, "
+        f"{run['hardware']['threads']} threads",
     ) for name, run in runs.items() if run]
-    return table(("`cifar.py`", "recipe", "test error", "training, minutes", "on"), "llrrl", rows)
+    return table(("`cifar.py`", "recipe", "test error", "training", "on"), "llrrl", rows)
 
 
 def _corruptions(robustness: dict[str, Any] | None) -> str:

@@ -67,20 +67,19 @@ def _run(
     Those do as a Sequential: their output is that of their last child.
     """
     outputs: dict[str, list[Any]] = {name: [] for name in hosts}
-    guests: dict[str, list[Any]] = {name: [] for name in hosts}
+    guests = {name: _Guest() for name in hosts}
 
-    def record(name: str, into: dict[str, list[Any]]) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, output: into[name].append(output)
+    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: outputs[name].append(output)
 
     # Recomputed or compiled, a network calls the children of some hosts without the hosts, or no hooks.
     modules: list[Any] = list(model.modules())
     checkpointed = [module for module in modules if getattr(module, "grad_checkpointing", False) is True]
     # Before other hooks, as the Attention Modules will be.
-    hooks = [host.register_forward_hook(record(name, outputs), prepend=True) for name, host in hosts.items()]
+    hooks = [host.register_forward_hook(record(name), prepend=True) for name, host in hosts.items()]
     try:
         for name, host in hosts.items():
-            host.add_module(CHILD, nn.Identity())
-            hooks.append(host.get_submodule(CHILD).register_forward_hook(record(name, guests)))
+            host.add_module(CHILD, guests[name])
         for module in checkpointed:
             module.grad_checkpointing = False
         with evaluating(model), _without_autocast(example_input.device.type), _uncompiled():
@@ -93,8 +92,7 @@ def _run(
         for hook in hooks:
             hook.remove()
         for host in hosts.values():
-            if CHILD in host._modules:
-                delattr(host, CHILD)
+            host._modules.pop(CHILD, None)
         for module in checkpointed:
             module.grad_checkpointing = True
 
@@ -109,13 +107,29 @@ def _run(
             raise ValueError(
                 f"{name!r} ({kind}) must return a feature map (batch, channels, height, width) or "
                 f"(batch, height, width, channels), it returns {got}")
-        if guests[name] and (len(guests[name]) > 1 or guests[name][0] is not found[0]):
-            raise ValueError(runs_its_children(name, hosts[name]))
+        if guests[name].seen and not guests[name].saw_last(found[0]):
+            raise ValueError(why_no_new_child(name, hosts[name]))
         maps[name] = found[0]
-    return maps, {name for name in maps if guests[name]}
+    return maps, {name for name in maps if guests[name].seen}
 
 
-def runs_its_children(name: str, host: nn.Module) -> str:
+class _Guest(nn.Module):
+    """A child that changes nothing, and remembers with what it was called, if it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, Any]] = []  # each input, and how often it had been changed in place by then
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        self.seen.append((x, getattr(x, "_version", None)))
+        return x
+
+    def saw_last(self, output: torch.Tensor) -> bool:
+        """Whether it was called once, and ``output`` is what it let through, as it was then."""
+        return len(self.seen) == 1 and self.seen[0][0] is output and self.seen[0][1] == output._version
+
+
+def why_no_new_child(name: str, host: nn.Module) -> str:
     """Say why ``host`` cannot have one more child."""
     return (f"{name!r} is a container ({type(host).__name__}) that runs its children in its own way, where a new "
             f"child would be in the way; name a module before or after it")

@@ -94,7 +94,8 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
         model = copy.deepcopy(model)
     with evaluating(model):
         graph = _trace(model)
-    modules = _foldable_modules(model, graph)
+    lent = _lent(model, graph)
+    modules = _foldable_modules(model, graph, lent)
     levels, watched = _feature_levels(model), _watched(model)
     for node in graph.nodes:
         norm = modules.get(node)
@@ -113,8 +114,9 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
             continue
         model.set_submodule(node.target, left)
     model.eval()  # with what came in
-    for module in model.modules():
-        if type(module) in (*CONVS, nn.ConvTranspose2d):  # what others do with their weights may need another order
+    for name, module in model.named_modules():
+        # What others do with their weights, or with those that are lent to them, may need another order.
+        if type(module) in (*CONVS, nn.ConvTranspose2d) and name not in lent:
             weight: Any = module.weight
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return model
@@ -221,17 +223,21 @@ def _trace(model: nn.Module) -> torch.fx.Graph:
                          f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 
-def _foldable_modules(model: nn.Module, graph: torch.fx.Graph) -> dict[torch.fx.Node, nn.Module]:
+def _lent(model: nn.Module, graph: torch.fx.Graph) -> set[str]:
+    """Return the names of the modules of which the forward pass reads a tensor by itself, under any of its names."""
+    tensors = {name: tensor for kind in (model.named_parameters, model.named_buffers)
+               for name, tensor in kind(remove_duplicate=False)}
+    read = {id(tensors[node.target]) for node in graph.nodes if node.op == "get_attr" and node.target in tensors}
+    return {name.rpartition(".")[0] for name, tensor in tensors.items() if id(tensor) in read}
+
+
+def _foldable_modules(
+        model: nn.Module, graph: torch.fx.Graph, lent: set[str]) -> dict[torch.fx.Node, nn.Module]:
     """Return the module of each graph node that calls one which is used only there, in the way of its class."""
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node for node in graph.nodes if node.op == "call_module"]
     times = Counter(modules[node.target] for node in calls)
     names = Counter(modules.values())
-    # Under any of the names that it has, what the forward pass reads by itself.
-    tensors = {name: tensor for kind in (model.named_parameters, model.named_buffers)
-               for name, tensor in kind(remove_duplicate=False)}
-    read = {id(tensors[node.target]) for node in graph.nodes if node.op == "get_attr" and node.target in tensors}
-    lent = {name.rpartition(".")[0] for name, tensor in tensors.items() if id(tensor) in read}
     return {
         node: module for node in calls
         if times[module := modules[node.target]] == names[module] == 1 and node.target not in lent

@@ -106,9 +106,6 @@ def image_transforms(
     Raises:
         ValueError: The model takes neither grey nor RGB images.
     """
-    model = getattr(model, "_orig_mod", model)  # compiled: timm takes it for an empty container
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
     config = resolve_data_config(model=model)
     in_chans = getattr(model, "in_chans", config["input_size"][0])
     if in_chans not in (1, 3):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ._probe import CHILD, blank_image, find_maps, runs_its_children
+from ._probe import CHILD, blank_image, find_maps, why_no_new_child
 from .layers import AttentionModule
 
 Where = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -101,9 +101,10 @@ def insert_attention(
 
     Raises:
         TypeError, ValueError: ``where`` finds no module, or one that cannot be a host: it has an Attention Module
-            already, is not run exactly once, or returns no feature map; ``module_args`` are not those of an
-            Attention Module, or the module does not fit (``mask_depth`` too large for the map, a ``trunk`` of other
-            channels); ``model`` is wrapped for several processes. The network is then as it was.
+            already, is not run exactly once, runs its children in a way of its own, is compiled, or returns no feature
+            map; ``module_args`` are not those of an Attention Module, or the module does not fit (``mask_depth`` too
+            large for the map, a ``trunk`` of other channels); ``model`` is wrapped for several processes, or has lazy
+            layers and no ``example_input``. The network is then as it was, but for lazy layers that have run.
 
     Example:
         >>> import timm
@@ -128,6 +129,7 @@ def insert_attention(
     with torch.inference_mode(False):  # where it is on, parameters would be made that cannot be trained
         if example_input is None:
             example_input = blank_image(model)
+        example_input = example_input.clone()  # one that was made where it is on has no count of changes in place
         places = find_maps(model, hosts, example_input)
         for name, found in places.items():
             channels = found.feature_map.shape[-1 if found.nhwc else 1]
@@ -229,11 +231,13 @@ def _find_hosts(model: nn.Module, where: Where) -> dict[str, nn.Module]:
                 f"where must name modules of {type(model).__name__}, which has no {name!r}; it has e.g. "
                 + ", ".join(map(repr, similar)))
         host = modules[name]
+        if hasattr(host, "_orig_mod"):
+            raise ValueError(f"{name!r} is the result of torch.compile; name '{name}._orig_mod', or compile later")
         if CHILD in dict(host.named_children()):
             raise ValueError(f"{name!r} has an Attention Module already; undo it with remove_attention first")
         runs_children_itself = isinstance(host, (nn.Sequential, nn.ModuleDict, nn.ModuleList))
         if runs_children_itself and type(host).forward is not nn.Sequential.forward:
-            raise ValueError(runs_its_children(name, host))
+            raise ValueError(why_no_new_child(name, host))
         levels = [level for level in _feature_levels(model) if level.startswith(f"{name}.")]
         if len(levels) > 1 and type(host).forward is nn.Sequential.forward:
             raise ValueError(

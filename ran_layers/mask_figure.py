@@ -69,7 +69,7 @@ def draw_masks(
         raise ValueError(f"names must have one entry per image, got {len(names)} for {len(images)} images")
     if not all(isinstance(name, str) for name in names or ()):
         raise TypeError(f"names must be strings, got {list(names or ())!r}")
-    images = [to_rgb(image) for image in images]
+    images, model = [to_rgb(image) for image in images], _inside(model)
     _, to_tile = image_transforms(model, tile)
     masks, logits = predict(model, images)
     rows = [
@@ -77,6 +77,14 @@ def draw_masks(
         for image, classes, name in zip(images, top_classes(model, logits, 1), names or [""] * len(images))]
     groups = [mask_columns(name or type(model).__name__, mask, channels) for name, mask in masks.items()]
     return draw_page(rows, groups, title)
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """Return the network in what torch.compile and data parallelism wrap around it, which hides its configuration."""
+    while (inner := getattr(model, "_orig_mod", None) or (
+            model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else None)):
+        model = inner
+    return model
 
 
 def predict(model: nn.Module, images: Sequence[Image.Image]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

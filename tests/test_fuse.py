@@ -243,7 +243,15 @@ def test_weights_that_a_layer_of_ones_own_reads_keep_their_order() -> None:
             deviation = self.weight.view(self.out_channels, -1).std(1).view(-1, 1, 1, 1)
             return F.conv2d(x, self.weight / (deviation + 1e-5), self.bias)
 
-    model = nn.Sequential(WeightStandardized(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)).eval()
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.conv2d(x, self.conv.weight.view(64, 9).softmax(1).view(8, 8, 3, 3))
+
+    model = nn.Sequential(WeightStandardized(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), Around()).eval()
     fused, images = ran_layers.fuse(model), torch.randn(2, 3, 9, 9)
     assert (fused(images) - model(images)).abs().max() < 1e-5
     assert fused[2].weight.is_contiguous(memory_format=torch.channels_last)

@@ -276,7 +276,7 @@ def test_layer_folders_that_are_refused(tmp_path):
 
 
 def test_a_model_in_the_place_of_its_folder():
-    with pytest.raises(TypeError, match="run_dir must be the folder of a training run, got a AttentionModule"):
+    with pytest.raises(TypeError, match="run_dir must be the folder of a training run, got AttentionModule"):
         push_to_hub(AttentionModule(8), "alice/attention")
 
 

@@ -329,15 +329,19 @@ def test_as_many_channels_as_rows_and_columns():
 class RunsItsChildren(nn.Module):
     """A stage as RegNet's: what it runs is its children, whichever they are."""
 
-    def __init__(self, after: nn.Module | None = None) -> None:
+    def __init__(self, after: Callable[[torch.Tensor], torch.Tensor] | None = None, *more: object) -> None:
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
-        self.__dict__["after"] = after  # no child
+        self.after, self.more = after, more
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for child in self.children():
-            x = child(x)
+        for i, child in enumerate(self.children()):
+            x = child(x, *(self.more if i > 1 else ()))
         return x if self.after is None else self.after(x)
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x.mul_(2)
 
 
 @pytest.mark.parametrize(("make", "where"), [
@@ -357,8 +361,9 @@ def test_hosts_that_run_their_children_run_the_module_once(make: Callable[[], nn
     assert torch.equal(model(image), expected)
 
 
-def test_hosts_that_do_more_behind_their_children_are_refused() -> None:
-    model = nn.Sequential(RunsItsChildren(after=nn.Conv2d(6, 6, 1)))
+@pytest.mark.parametrize("args", [(torch.neg,), (double,), (torch.neg, "mask")], ids=["new", "in place", "arguments"])
+def test_hosts_that_do_more_behind_their_children_are_refused(args: tuple[object, ...]) -> None:
+    model = nn.Sequential(RunsItsChildren(*args))
     with pytest.raises(ValueError, match=r"'0' is a container \(RunsItsChildren\) that runs its children in its own"):
         insert_attention(model, "0")
     assert list(model[0]._modules) == ["conv1", "conv2"]
@@ -373,12 +378,32 @@ def test_lazy_layers_take_their_shape_from_a_real_image() -> None:
     assert model[0].in_channels == 2
 
 
-def test_inference_mode_does_not_keep_a_module_from_training() -> None:
+@pytest.mark.parametrize("host", ["layer3", "maxpool"])
+def test_inference_mode_does_not_keep_a_module_from_training(host: str) -> None:
     model = with_size("resnet18", 64)
+    model.maxpool = nn.Identity()
     with torch.inference_mode():
-        insert_attention(model, "layer3")
+        insert_attention(model, host, example_input=torch.zeros(1, 3, 64, 64))
+        insert_attention(nn.Sequential(nn.Identity()), "0", example_input=torch.zeros(1, 3, 64, 64))
     model(torch.randn(2, 3, 64, 64)).sum().backward()
-    assert model.layer3.inserted_attention.gamma.grad.abs().sum() > 0
+    assert model.get_submodule(host).inserted_attention.gamma.grad.abs().sum() > 0
+
+
+def test_a_compiled_part_is_hosted_by_what_was_compiled() -> None:
+    model = with_size("resnet18", 64).eval()
+    model.layer3 = torch.compile(model.layer3, backend="eager")
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"'layer3' is the result of torch.compile; name 'layer3._orig_mod'"):
+        insert_attention(model, "layer3")
+    assert list(model.state_dict()) == keys
+    image = torch.randn(1, 3, 64, 64)
+    expected = model(image)
+    assert insert_attention(model, "layer3._orig_mod") == ["layer3._orig_mod"]
+    assert torch.allclose(model(image), expected, atol=1e-5)
+    nn.init.ones_(model.layer3._orig_mod.inserted_attention.gamma)
+    assert not torch.allclose(model(image), expected, atol=1e-5)
+    assert remove_attention(model) == ["layer3._orig_mod"]
+    assert torch.allclose(model(image), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "level"), [("hrnet_w18_small", "stem"), ("tresnet_m", "")])

@@ -126,8 +126,7 @@ def test_names_that_are_none_are_named(model):
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel], ids=["compiled", "parallel"])
 def test_wrapped_networks_are_drawn_as_what_they_wrap(model, wrap):
     image = Image.new("RGB", (40, 30), "teal")
-    with torch.compiler.set_stance("force_eager"):
-        assert image_transforms(wrap(model), 64)[0](image).shape == (3, 32, 32)
+    assert draw_masks(wrap(model), [image]).tobytes() == draw_masks(model, [image]).tobytes()
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])

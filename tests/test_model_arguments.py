@@ -93,10 +93,14 @@ def test_numbers_of_numpy_and_units_with_linear_layers():
 
 
 def test_counts_of_numpy_become_ints_that_compilers_know():
-    sizes = {"channels": (64, 128, 256, 512), "modules": (1, 1, 1, 0), "mask_depths": (3, 2, 1, 1)}
+    sizes: dict = {
+        "channels": (64, 128, 256, 512), "modules": (1, 1, 1, 0), "mask_depths": (3, 2, 1, 1)}
+    sizes = {name: [np.int64(n) for n in ns] for name, ns in sizes.items()}
     model = timm.create_model(
-        "ran_att56_cifar", stem_chs=np.int64(64), **{name: [np.int64(n) for n in ns] for name, ns in sizes.items()})
-    counts = [model.num_features, *(level["num_chs"] for level in model.feature_info)]
+        "ran_att56_cifar", stem_chs=np.int64(64), attention_args={"t": np.int64(2)}, **sizes)
+    model.reset_classifier(np.int64(5))
+    counts = [model.num_classes, model.head.fc.out_features, model.num_features]
+    counts += [level["num_chs"] for level in model.feature_info]
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, AttentionModule)):
             names = ("channels", "mask_depth", "in_channels", "out_channels")

@@ -26,8 +26,8 @@ class Recipe:
     epochs: int = setting(60, "passes over the training images")
     batch_size: int = setting(128, "images of a step, of all processes together")
     optimizer: str = setting(
-        "sgd", "Nesterov SGD, Adam, or Muon: of the convolutions but the first, which it orthogonalises, and SGD of "
-        "the rest")
+        "sgd", "Nesterov SGD, Adam, or Muon, which orthogonalises the updates of all convolutions but the first, with "
+        "SGD for the rest")
     lr: float = setting(0.2, "highest learning rate; of what Muon orthogonalises, where that is the optimizer")
     momentum: float = setting(0.9, "of SGD")
     muon_momentum: float = setting(0.95, "of what Muon orthogonalises")

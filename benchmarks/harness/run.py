@@ -134,9 +134,7 @@ def _compile_mode_and_kernels(
     if machine and machine["hardware"]["device"] == device.type:
         compile_mode = compile_mode or machine["compile"]
     compile_mode = compile_mode or default_compile_mode(device)
-    cpu_kernels = args.cpu_kernels
-    if cpu_kernels is None:
-        cpu_kernels = saved.get("settings", {}).get("cpu_kernels")
+    cpu_kernels = args.cpu_kernels  # of a resumed run, its setting
     if cpu_kernels is not False:
         obstacle = why_no_kernels(device, compile_mode)
         if cpu_kernels and obstacle:

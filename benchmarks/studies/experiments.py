@@ -220,8 +220,8 @@ TABLES: dict[str, Table] = {
     ),
     "recipes": Table(
         "The recipes",
-        "What the training script takes by itself, `quick` on a CPU and `best` on a GPU, and the report's, each of its "
-        "own length.",
+        "What the training script takes by itself, `quick` on a CPU and `best` on a GPU, and the report's. In full "
+        "each has its own length.",
         tuple(Row(f"Attention-56, CIFAR-10, recipe `{recipe}`", f"att56-cifar10-{recipe}")
               for recipe in ("quick", "best", "report")),
     ),

@@ -1,6 +1,7 @@
 """Read a training run's folder and check that it can be published."""
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,8 @@ def read_run(folder: str | Path) -> Run:
         FileNotFoundError: The folder or a file of it is not there, or the weights are a pickle.
         ValueError: A file is damaged, lacks a field, contradicts another, or the model does not load from them.
     """
-    if not isinstance(folder, str | Path):
-        raise TypeError(f"run_dir must be the folder of a training run, got a {type(folder).__name__}")
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"run_dir must be the folder of a training run, got {type(folder).__name__}")
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give the --out folder of a finished training run")

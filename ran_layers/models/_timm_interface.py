@@ -117,7 +117,7 @@ class StagedNet(nn.Module):
         Raises:
             TypeError, ValueError: An argument is outside its range, or asks for a classifier without pooling.
         """
-        check_int("num_classes", num_classes, 0)
+        num_classes = check_int("num_classes", num_classes, 0)
         if global_pool is not None:
             _check_pooling(global_pool, num_classes)
         self.num_classes = num_classes

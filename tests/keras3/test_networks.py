@@ -176,7 +176,7 @@ def test_fit_digits():
 def test_fit_network_on_digits():
     x, y = load_small_digits()
     x = x.repeat(2, axis=1).repeat(2, axis=2)
-    model = rk.RANAttention56Cifar(weights=None, input_shape=(16, 16, 1))
+    model = rk.RANAttention56Cifar(weights=None, input_shape=(16, np.int64(16), 1))
     model.compile(keras.optimizers.Adam(0.002), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     loss = model.fit(x[:32], y[:32], batch_size=32, epochs=8, verbose=0).history["loss"]
     assert loss[-1] < 0.5 * loss[0]
