@@ -206,10 +206,10 @@ TABLES: dict[str, Table] = {
         "are those of the weights in the package, with all images at full size; `best` unchanged has batches of 256, "
         "and shrinks images at first.",
         tuple(row for dataset, extra in (("cifar10", "cutout"), ("cifar100", "CutMix")) for row in (
-            Row(f"{DATASETS[dataset]}, large batches, {extra}", f"att56-{dataset}-held-long"),
-            Row(f"{DATASETS[dataset]}, large batches", f"att56-{dataset}-held-plain",
+            Row(f"Large batches, {extra}, {DATASETS[dataset]}", f"att56-{dataset}-held-long"),
+            Row(f"Large batches, {DATASETS[dataset]}", f"att56-{dataset}-held-plain",
                 against=f"att56-{dataset}-held-long"),
-            Row(f"{DATASETS[dataset]}, recipe `best` unchanged", f"att56-{dataset}-held-best",
+            Row(f"Recipe `best` unchanged, {DATASETS[dataset]}", f"att56-{dataset}-held-best",
                 against=f"att56-{dataset}-held-long"))),
         images="held-out",
     ),
@@ -220,9 +220,9 @@ TABLES: dict[str, Table] = {
     ),
     "recipes": Table(
         "The recipes",
-        "What the training script takes by itself, `quick` on a CPU and `best` on a GPU, and the report's. In full "
-        "each has its own length.",
-        tuple(Row(f"Attention-56, CIFAR-10, recipe `{recipe}`", f"att56-cifar10-{recipe}")
+        "Attention-56 as the training script trains it by itself, with `quick` on a CPU and `best` on a GPU, and as the "
+        "report does. In full each recipe has its own length.",
+        tuple(Row(f"Recipe `{recipe}`, CIFAR-10", f"att56-cifar10-{recipe}")
               for recipe in ("quick", "best", "report")),
     ),
     "widths": Table(

@@ -66,8 +66,11 @@ def section(key: str, table: Table, finished: dict[str, list[Finished]]) -> str:
     if begun:
         ours = "ours, %" if table.images == "test" else f"{table.images} images, %"
         head = ("", "published, %", ours, "difference", "to", "M parameters", "MMACs", "epochs", "trained on")
-        cells = [line for row in table.rows for line in cells_of(row, table, finished)]
-        parts.append(pages.table(head, "lrrrlrrrl", cells))
+        cells = [head, *(line for row in table.rows for line in cells_of(row, table, finished))]
+        align = "lrrrlrrrl"
+        if not any(row.published for row in table.rows):
+            cells, align = [(line[0], *line[2:]) for line in cells], align[:1] + align[2:]
+        parts.append(pages.table(cells[0], align, cells[1:]))
     if missing:
         names = [f"{row.label}, published: {published(row)}" if row.published else row.label for row in missing]
         parts.append(f"Not run yet: {'; '.join(names)}.")
