@@ -220,8 +220,8 @@ TABLES: dict[str, Table] = {
     ),
     "recipes": Table(
         "The recipes",
-        "Attention-56 as the training script trains it by itself, with `quick` on a CPU and `best` on a GPU, and as the "
-        "report does. In full each recipe has its own length.",
+        "Attention-56 as the training script trains it by itself, with `quick` on a CPU and `best` on a GPU, and as "
+        "the report does. In full each recipe has its own length.",
         tuple(Row(f"Recipe `{recipe}`, CIFAR-10", f"att56-cifar10-{recipe}")
               for recipe in ("quick", "best", "report")),
     ),
