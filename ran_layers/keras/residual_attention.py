@@ -3,7 +3,6 @@
 `Residual Attention Network for Image Classification` - https://arxiv.org/abs/1704.06904
 """
 from importlib.resources import files
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -199,9 +198,10 @@ def _check_input_shape(input_shape: Shape, channels_last: bool, state: dict[str,
     if not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3:
         raise ValueError(f"input_shape must be {order}, got {input_shape!r}")
     height, width, channels = input_shape if channels_last else (*input_shape[1:], input_shape[0])
-    if not all(size is None or (isinstance(size, Integral) and not isinstance(size, bool)) for size in input_shape):
-        raise TypeError(f"input_shape must be {order} in whole numbers, or None for a side, got {input_shape!r}")
-    if channels is None or channels < 1:
+    for size in input_shape:
+        if size is not None:
+            check_int("each size of input_shape", size, 1)
+    if channels is None:
         raise ValueError(f"input_shape must be {order}, the channels a number, got {tuple(input_shape)}")
     if any(side is not None and side < LEAST_SIDE for side in (height, width)):
         raise ValueError(

@@ -130,8 +130,9 @@ def test_preprocess_input(dataset):
     (ValueError, r"with 9 pixels or more a side, got \(8, 9, 3\)", dict(weights=None, input_shape=(8, 9, 3))),
     (ValueError, "input_shape must have 3 channels, those of the weights", dict(input_shape=(32, 32, 1))),
     (ValueError, "the channels a number", dict(weights=None, input_shape=(32, 32, None))),
-    (ValueError, "the channels a number", dict(weights=None, input_shape=(32, 32, 0))),
-    (TypeError, r"whole numbers, or None for a side, got \('a', 32, 3\)", dict(weights=None, input_shape=("a", 32, 3))),
+    (ValueError, "each size of input_shape must be at least 1, got 0", dict(weights=None, input_shape=(32, 32, 0))),
+    (TypeError, "each size of input_shape must be an int of at least 1, got 'a'", dict(
+        weights=None, input_shape=("a", 32, 3))),
 ])
 def test_errors(error, match, kwargs):
     with pytest.raises(error, match=match):
