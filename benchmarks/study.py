@@ -40,11 +40,10 @@ from harness.environment import hardware, launcher, machine, pick_device
 from harness.errors import RunError, one_line_errors
 from harness.evaluate import count_macs
 from harness.kernels.cpu_choice import chooses_kernels
-from harness.options import parse_args
 from harness.precision import pick_precision
 from studies.experiments import EXPERIMENTS, TABLES, Experiment
 from studies.report import read_page, write_report
-from studies.results import full_epochs, load_result, load_results, recipe_of
+from studies.results import arguments_of, full_epochs, load_result, load_results, recipe_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "study"
@@ -136,7 +135,7 @@ class Clock:
         """Return the estimate from the runs most like ``run``, None if nothing finished here yet."""
         experiment = run.experiment
         key = experiment.model, experiment.recipe, recipe_of(run.name).batch_size
-        rows = 50_000 - parse_args(experiment.arguments()).holdout
+        rows = 50_000 - arguments_of(run.name).holdout
         for alike in (3, 2, 0):  # of the model, the recipe and the batch size
             speeds = [speed for known, speed in self.speeds if known[:alike] == key[:alike]]
             if speeds:

@@ -1,4 +1,5 @@
 """The finished runs of the study: what `cifar.py` left of each, checked, and grouped by how it was trained."""
+import argparse
 import json
 import math
 import re
@@ -95,7 +96,7 @@ def load_result(file: Path, name: str, epochs: int, seed: int) -> dict[str, Any]
             raise ValueError("not a figure")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{file} is damaged ({error!r}); remove it to run {run} anew") from error
-    asked = parse_args([*EXPERIMENTS[name].arguments(), "--epochs", str(epochs), "--seed", str(seed)])
+    asked = arguments_of(name, "--epochs", str(epochs), "--seed", str(seed))
     expected = [asked.model, asked.dataset, asked.recipe, epochs, seed, asked.model_kwargs]
     # Older results lack the settings that came later, which had the values of today.
     recipe = asdict(make_recipe(asked.recipe, asked.dataset, asked.overrides))
@@ -131,9 +132,14 @@ def conditions_text(group: Finished) -> str:
     return f"{settings['precision']}{kernels}, torch {group.first['versions']['torch']}"
 
 
+def arguments_of(name: str, *more: str) -> argparse.Namespace:
+    """Return what `cifar.py` makes of an experiment's command line, with ``more`` words at its end."""
+    return parse_args([*EXPERIMENTS[name].arguments(), *more])
+
+
 def recipe_of(name: str) -> Recipe:
     """Return the hyper-parameters of an experiment in its full form."""
-    args = parse_args(EXPERIMENTS[name].arguments())
+    args = arguments_of(name)
     return make_recipe(args.recipe, args.dataset, args.overrides)
 
 

@@ -90,21 +90,19 @@ class HubMixin(PyTorchModelHubMixin):
         for gone in ("proxies", "resume_download"):  # huggingface_hub below 1.0 hands these over too
             model_kwargs.pop(gone, None)
         arguments = {name: decode(name, value) for name, value in model_kwargs.items()}
+        of_others = f"{model_id} comes with arguments, in config.json or beside it, that are none of {cls.__name__}"
         try:
             inspect.signature(cls.__init__).bind(None, **arguments)
         except TypeError as error:
-            of_others = "unexpected" in str(error)
-            wrong = "comes with arguments, in config.json or beside it, that are none" if of_others else (
-                "has no config.json with the arguments")
-            raise HubError(f"{model_id} {wrong} of {cls.__name__} ({error})") from None
+            missing = f"{model_id} has no config.json with the arguments of {cls.__name__}"
+            raise HubError(f"{of_others if 'unexpected' in str(error) else missing} ({error})") from None
         try:
             model: Any = cls(**arguments)
         except TypeError as error:
             if "unit_layer must be called with" not in str(error):
                 raise
             # What **unit_args take in is refused by the units: the arguments of another layer.
-            raise HubError(f"{model_id} comes with arguments, in config.json or beside it, that are none of "
-                           f"{cls.__name__} ({error})") from None
+            raise HubError(f"{of_others} ({error})") from None
         try:
             safetensors.torch.load_model(model, str(weights), strict=strict, device=map_location)
         except safetensors.SafetensorError as error:
