@@ -22,7 +22,7 @@ from PIL import Image
 
 from .images import open_image
 from .maps import at_least, fail, load_model
-from .mask_figure import draw_masks, predict, top_classes
+from .mask_figure import draw_predicted, predict, top_classes
 
 TITLE = "What a Residual Attention Network attends to"
 ABOUT = (
@@ -50,11 +50,11 @@ def look(path: str | None, name: str, channels: int) -> tuple[dict[str, float] |
         return None, None
     Image.init()  # which formats there are is known after that only
     model, image = trained_model(name), open_image(path, [name for name in FORMATS if name in Image.OPEN])
-    _, logits = predict(model, [image])
+    masks, logits = predict(model, [image])
     classes: dict[str, float] = {}
     for label, probability in top_classes(model, logits, 5)[0]:  # ImageNet has two cranes
         classes[label if label not in classes else f"{label} (another class)"] = probability
-    return classes, draw_masks(model, [image], channels=channels)
+    return classes, draw_predicted(model, [image], masks, logits, channels=channels)
 
 
 @lru_cache(maxsize=4)

@@ -70,8 +70,22 @@ def draw_masks(
     if not all(isinstance(name, str) for name in names or ()):
         raise TypeError(f"names must be strings, got {list(names or ())!r}")
     images, model = [to_rgb(image) for image in images], _inside(model)
+    return draw_predicted(model, images, *predict(model, images), names, channels=channels, tile=tile, title=title)
+
+
+def draw_predicted(
+        model: nn.Module,
+        images: Sequence[Image.Image],
+        masks: dict[str, torch.Tensor],
+        logits: torch.Tensor,
+        names: Sequence[str] | None = None,
+        *,
+        channels: int,
+        tile: int = 128,
+        title: str = "",
+) -> Image.Image:
+    """Return the picture of :func:`draw_masks` for RGB images of which :func:`predict` gave masks and outputs."""
     _, to_tile = image_transforms(model, tile)
-    masks, logits = predict(model, images)
     rows = [
         Row(to_tile(image), "".join(f"{label} {p:.0%}" for label, p in classes), name)
         for image, classes, name in zip(images, top_classes(model, logits, 1), names or [""] * len(images))]

@@ -65,6 +65,16 @@ def test_it_answers_with_classes_and_picture(run_dir, photo):
     assert demo.look(None, str(run_dir), 1) == (None, None)
 
 
+def test_an_image_goes_through_the_network_once(run_dir, photo):
+    runs = []
+    hook = demo.trained_model(str(run_dir)).register_forward_hook(lambda *_: runs.append(1))
+    try:
+        demo.look(str(photo), str(run_dir), 1)
+    finally:
+        hook.remove()
+    assert len(runs) == 1
+
+
 def test_what_cannot_be_served_gets_one_line(run_dir, monkeypatch, capsys):
     assert demo.main(["--model", str(run_dir / "none")]) == 2
     assert "must be a timm name" in capsys.readouterr().err
