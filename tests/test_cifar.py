@@ -20,7 +20,7 @@ from harness.evaluate import evaluate  # noqa: E402
 from harness.export import load_exported  # noqa: E402
 from harness.muon import Muon, orthogonalize  # noqa: E402
 from harness.options import parse_args  # noqa: E402
-from harness.recipes import lr_scale, make_recipe, pixels_seen, resolution_at  # noqa: E402
+from harness.recipes import lr_scale, make_recipe, resolution_at, sides_seen  # noqa: E402
 
 SMALL = ["--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "160", "--epochs", "2"]
 
@@ -286,14 +286,14 @@ def test_onecycle_and_resolutions():
 
 def test_the_time_left_knows_the_resolutions_to_come(monkeypatch):
     recipe = make_recipe("best", "cifar10", {})
-    assert pixels_seen(recipe, 0.2, 32) == pytest.approx(0.2 * 24 ** 2)
-    assert pixels_seen(recipe, 1.0, 32) == pytest.approx(0.4 * 24 ** 2 + 0.6 * 32 ** 2)
-    assert pixels_seen(make_recipe("quick", "cifar10", {}), 0.5, 32) == pytest.approx(0.5 * 32 ** 2)
+    assert sides_seen(recipe, 0.2, 32) == pytest.approx(0.2 * 24)
+    assert sides_seen(recipe, 1.0, 32) == pytest.approx(0.4 * 24 + 0.6 * 32)
+    assert sides_seen(make_recipe("report", "cifar10", {}), 0.5, 32) == pytest.approx(0.5 * 32)
     clock = iter((100.0, 110.0))
     monkeypatch.setattr("harness.display.time.perf_counter", lambda: next(clock))
-    display = cifar.Display(10, 10, 256, first_step=20, work=lambda progress: pixels_seen(recipe, progress, 32))
+    display = cifar.Display(10, 10, 256, first_step=20, work=lambda progress: sides_seen(recipe, progress, 32))
     # 10 seconds for steps 20 to 30 at 24 pixels; then come 10 at 24, and 60 at 32.
-    assert display.time_left(30) == pytest.approx(10 + 60 * (32 / 24) ** 2)
+    assert display.time_left(30) == pytest.approx(10 + 60 * 32 / 24)
 
 
 def test_label_noise_is_of_the_share_asked_for_and_spares_no_class():

@@ -170,7 +170,8 @@ def test_first_losses_do_not_depend_on_the_number_of_processes(tmp_path):
 
 
 def test_without_sync_bn_each_process_normalises_its_slice(tmp_path):
-    args = [*SMALL, "--recipe", "quick", "--epochs", "4", "--lr", "0.2", "--no-sync-bn", "--precision", "fp32"]
+    args = [*SMALL, "--recipe", "quick", "--epochs", "4", "--lr", "0.2", "--resolutions", "--no-sync-bn", "--precision",
+            "fp32"]
     done = torchrun(BENCHMARKS / "cifar.py", *args, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     cifar.main([*args, "--out", str(tmp_path / "one")])

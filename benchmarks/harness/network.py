@@ -62,9 +62,12 @@ def build_model(args: argparse.Namespace, recipe: Recipe, data: Dataset) -> tupl
         try:
             macs[side] = count_macs(model, side)
         except (RuntimeError, AssertionError, ValueError) as error:
-            cause = "" if side == full else f", to which --resolutions {recipe.resolutions} shrinks them"
+            cause = hint = ""
+            if side != full:
+                cause = f", to which --resolutions {recipe.resolutions} shrinks them"
+                hint = "; --resolutions without values leaves them as they are"
             raise RunError(f"--model {args.model} does not take images of 3 x {side} x {side}{cause} "
-                           f"({first_line(error)})") from error
+                           f"({first_line(error)}){hint}") from error
     return model, macs[full]
 
 

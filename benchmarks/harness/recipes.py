@@ -56,8 +56,8 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    # Plain one-cycle SGD, for a first look.
-    "quick": Recipe(epochs=10),
+    # One-cycle SGD for a first look, in the least time: small images first, and little augmentation.
+    "quick": Recipe(epochs=15, pad=2, resolutions=(0.0, 16, 0.3, 24, 0.6, 32)),
     # The report, section 4: "learning rate 0.1, decay 0.0001, momentum 0.9 ... divided by 10 at 80th and 120th epoch".
     "report": Recipe(
         epochs=160, batch_size=64, lr=0.1, weight_decay=1e-4, schedule="step", milestones=(0.5, 0.75),
@@ -110,13 +110,15 @@ def make_recipe(name: str, dataset: str, overrides: dict[str, Any]) -> Recipe:
             raise RunError(f"{flag} must be at most 1, got {value:g}")
     if len(recipe.resolutions) % 2:
         raise RunError(f"--resolutions must be pairs of fraction and pixels, got {recipe.resolutions}")
-    fractions, pixels = (*recipe.milestones, *recipe.resolutions[::2]), recipe.resolutions[1::2]
+    fractions, pixels = recipe.resolutions[::2], recipe.resolutions[1::2]
     if any(side % 1 for side in pixels):
         raise RunError(f"--resolutions must have whole numbers of pixels, got {recipe.resolutions}")
     if not all(0 <= fraction <= 1 for fraction in fractions) or not all(1 <= n < math.inf for n in pixels):
-        raise RunError("--milestones and --resolutions must have fractions from 0 to 1 and at least 1 pixel, got "
-                       f"{recipe.milestones} and {recipe.resolutions}")
-    if list(recipe.resolutions[::2]) != sorted(recipe.resolutions[::2]):
+        raise RunError("--resolutions must have fractions from 0 to 1 and at least 1 pixel, got "
+                       f"{recipe.resolutions}")
+    if not all(0 <= fraction <= 1 for fraction in recipe.milestones):
+        raise RunError(f"--milestones must be fractions of the training from 0 to 1, got {recipe.milestones}")
+    if list(fractions) != sorted(fractions):
         raise RunError(f"--resolutions must have rising fractions, got {recipe.resolutions}")
     return recipe
 
@@ -146,13 +148,14 @@ def resolutions(recipe: Recipe, full: int) -> list[int]:
     return list(dict.fromkeys(resolution_at(recipe, start, full) for start in changes))
 
 
-def pixels_seen(recipe: Recipe, progress: float, full: int) -> float:
-    """Pixels of each training image up to ``progress``, in those of one image times the whole training.
+def sides_seen(recipe: Recipe, progress: float, full: int) -> float:
+    """Sides in pixels of each training image up to ``progress``, in those of one image times the whole training.
 
-    The time that a training takes goes by it.
+    The time that a training takes goes by it, not by the pixels: the convolutions of these networks are so small that
+    a quarter of the pixels takes not much less than half of the time (``images_per_s`` by epoch in the results).
     """
     changes = sorted({0.0, progress, *(start for start in recipe.resolutions[::2] if start < progress)})
-    return sum(resolution_at(recipe, start, full) ** 2 * (end - start) for start, end in pairwise(changes))
+    return sum(resolution_at(recipe, start, full) * (end - start) for start, end in pairwise(changes))
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

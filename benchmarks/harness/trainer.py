@@ -17,7 +17,7 @@ from harness.environment import synchronize
 from harness.errors import RunError
 from harness.gpu import HalfWeights, Replayed, unchanged
 from harness.kernels.cpu_modules import use_cpu_kernels
-from harness.recipes import Recipe, lr_scale, make_optimizer, pixels_seen, resolutions
+from harness.recipes import Recipe, lr_scale, make_optimizer, resolutions, sides_seen
 
 ALONE = World()
 
@@ -179,7 +179,7 @@ class Trainer:
 
     def work(self, progress: float) -> float:
         """Return what of the computing is done at ``progress`` of the training, in no unit of its own."""
-        return pixels_seen(self.recipe, progress, self.images.shape[1])
+        return sides_seen(self.recipe, progress, self.images.shape[1])
 
     def train_step(self) -> None:
         """Train on the next batch."""
