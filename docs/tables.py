@@ -124,7 +124,8 @@ def defaults() -> str:
     """What the training script's own choices lead to, and how long that takes."""
     measured = {
         "`--dataset digits`": ["digits"],
-        "CIFAR-10": [f"study/att56-cifar10-quick-15ep-seed{seed}" for seed in (0, 1)]}
+        "CIFAR-10": [f"study/att56-cifar10-quick-15ep-seed{seed}" for seed in (0, 1)],
+        "CIFAR-10, `--recipe best`": ["study/att56-cifar10-best-60ep-seed0"]}
     rows = []
     for name, files in measured.items():
         runs = [run for file in files if (run := _measured(file))]
