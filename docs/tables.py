@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import timm
@@ -31,7 +31,7 @@ from harness.errors import one_line_errors  # noqa: E402
 from harness.evaluate import count_macs  # noqa: E402
 from harness.recipes import RECIPES  # noqa: E402
 from studies.pages import parts_of, replace_part, table  # noqa: E402
-from studies.results import load_results  # noqa: E402
+from studies.results import Finished, full_epochs, load_results  # noqa: E402
 from studies.summary import summary  # noqa: E402
 
 
@@ -106,6 +106,12 @@ def _study() -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in files]
 
 
+@cache
+def _finished() -> dict[str, list[Finished]]:
+    """The same results, checked and grouped by experiment."""
+    return load_results(REPOSITORY / "benchmarks" / "results" / "study")
+
+
 def trained_on_gpu() -> str:
     """Speed of trainings on a GPU, by epoch."""
     rows = []
@@ -122,21 +128,17 @@ def trained_on_gpu() -> str:
 
 def defaults() -> str:
     """What the training script's own choices lead to, and how long that takes."""
-    measured = {
-        "`--dataset digits`": ["digits"],
-        "CIFAR-10": [f"study/att56-cifar10-quick-15ep-seed{seed}" for seed in (0, 1)],
-        "CIFAR-10, `--recipe best`": ["study/att56-cifar10-best-60ep-seed0"]}
-    rows = []
-    for name, files in measured.items():
-        runs = [run for file in files if (run := _measured(file))]
-        if not runs:
-            continue
-        first, errors = runs[0], [run["final"]["error"] for run in runs]
-        spread = f" ± {stdev(errors):.2f} ({len(errors)} seeds)" if len(errors) > 1 else ""
-        rows.append((
-            name, f"`{first['recipe']}`, {len(first['epochs'])} epochs", f"{mean(errors):.2f}{spread}",
-            duration(mean(run["seconds"] for run in runs)),
-            f"{machine(first['hardware'])}, {first['settings']['precision']}, {first['hardware']['threads']} threads"))
+    digits = _measured("digits")
+    runs = {"`--dataset digits`": [Finished(len(digits["epochs"]), {digits["seed"]: digits})] if digits else []}
+    for name, experiment in (
+            ("CIFAR-10", "att56-cifar10-quick"), ("CIFAR-10, `--recipe best`", "att56-cifar10-best")):
+        runs[name] = [group for group in _finished().get(experiment, ()) if group.epochs == full_epochs(experiment)]
+    rows = [(
+        name, f"`{group.first['recipe']}`, {group.epochs} epochs", group.errors_text,
+        duration(mean(result["seconds"] for result in group.results.values())),
+        f"{machine(group.first['hardware'])}, {group.first['settings']['precision']}, "
+        f"{group.first['hardware']['threads']} threads",
+    ) for name, groups in runs.items() for group in groups]
     return table(("`cifar.py`", "recipe", "test error, %", "training", "on"), "llrrl", rows)
 
 
@@ -310,7 +312,7 @@ def resnet18_attention(result: dict[str, Any]) -> str:
 
 def study_summary() -> str:
     """The differences between the short trainings of the study."""
-    return summary(load_results(REPOSITORY / "benchmarks" / "results" / "study"))
+    return summary(_finished())
 
 
 def speed_summary() -> str:

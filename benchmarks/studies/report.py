@@ -105,12 +105,10 @@ def cells_of(row: Row, table: Table, finished: dict[str, list[Finished]]) -> Ite
     for group in finished.get(row.experiment, []):
         full = full_epochs(row.experiment)
         short = f"**short**: {group.epochs} of {full}" if group.epochs < full else str(group.epochs)
-        ours = f"{group.mean:.2f}"
-        ours += f" ± {group.deviation:.2f} ({len(group.errors)} seeds)" if group.deviation is not None else " (1 seed)"
         names = sorted({machine(result["hardware"]) for result in group.results.values()})
         compared = compare(row, group, finished)
         reference = next((other.label for other in table.rows if other.experiment == row.against), "")
-        yield (row.label, published(row), ours, compared, reference if compared else "",
+        yield (row.label, published(row), group.errors_text, compared, reference if compared else "",
                f"{group.first['params'] / 1e6:.2f}", f"{group.first['macs'] / 1e6:.1f}", short,
                f"{'; '.join(names)}, {conditions_text(group)}")
 

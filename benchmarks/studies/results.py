@@ -47,6 +47,12 @@ class Finished(NamedTuple):
         """Standard deviation over the seeds; None for one."""
         return statistics.stdev(self.errors) if len(self.errors) > 1 else None
 
+    @property
+    def errors_text(self) -> str:
+        """Mean and deviation of the errors in percent, and of how many seeds they are."""
+        spread = "" if self.deviation is None else f" ± {self.deviation:.2f}"
+        return f"{self.mean:.2f}{spread} ({count(len(self.errors), 'seed')})"
+
 
 def error_of(result: dict[str, Any]) -> float:
     """Return the error of a run in percent: on its held-out images where it has some, otherwise on the test images."""
