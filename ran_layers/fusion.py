@@ -7,13 +7,15 @@ from typing import Any, TypeVar
 import torch
 import torch.fx
 import torch.nn as nn
-from timm.layers import BatchNormAct2d, Conv2dSame, SyncBatchNormAct
+from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, SyncBatchNormAct
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.ops import FrozenBatchNorm2d
 
 from .masks import evaluating
 
-BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # timm's, with an activation, are subclasses
+FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)  # what timm's freeze_batch_norm_2d leaves
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, *FROZEN_NORMS)  # timm's, with an activation, are subclasses
 NORM_FORWARDS = [norm.forward for norm in (*BATCH_NORMS, BatchNormAct2d, SyncBatchNormAct)]  # others compute more
 CONVS = (nn.Conv2d, Conv2dSame)  # by exact type: subclasses may compute their weights
 Network = TypeVar("Network", bound=nn.Module)
@@ -57,13 +59,14 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
     - A BN and ReLU in front of 1x1 convolutions, as opens a pre-activation unit, goes into those that follow, and a
       :class:`ClampAct` stays.
 
-    Of the 106 BN of ``ran_att56_cifar`` one is left, before the pooling. Channels-last order is what makes it pay on a
-    CPU (``benchmarks/fuse.py``): the convolutions need no reordering of their inputs, and the clamp is one vectorised
-    pass. Images may come in either order. Any network that ``torch.fx`` can trace will do; what does not fit one of
-    the two patterns stays as it is, and so does what is called twice, has two names, hooks or a forward of its own, or
-    lends its weights to something else. The result cannot be trained any further, and answers for ``forward`` with its
-    default arguments, and for timm's interface where that runs the same layers. Fuse in float32, then cast. Save the
-    network from before: the weights of a fused one fit no other, so fuse after loading.
+    BN frozen by timm's ``freeze_batch_norm_2d`` are folded too. Of the 106 BN of ``ran_att56_cifar`` one is left,
+    before the pooling. Channels-last order is what makes it pay on a CPU (``benchmarks/fuse.py``): the convolutions
+    need no reordering of their inputs, and the clamp is one vectorised pass. Images may come in either order. Any
+    network that ``torch.fx`` can trace will do; what does not fit one of the two patterns stays as it is, and so does
+    what is called twice, has two names, hooks or a forward of its own, or lends its weights to something else. The
+    result cannot be trained any further, and answers for ``forward`` with its default arguments, and for timm's
+    interface where that runs the same layers. Fuse in float32, then cast. Save the network from before: the weights of
+    a fused one fit no other, so fuse after loading.
 
     Args:
         model: The network; its normalisations must have running statistics to be folded.
@@ -169,7 +172,8 @@ class _Tracer(torch.fx.Tracer):
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (*get_notrace_modules(), *CONVS)) or super().is_leaf_module(module, name)
+        leaves = (*get_notrace_modules(), *CONVS, *FROZEN_NORMS)
+        return isinstance(module, leaves) or super().is_leaf_module(module, name)
 
 
 def _feature_levels(model: nn.Module) -> set[str]:

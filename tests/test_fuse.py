@@ -10,7 +10,8 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, StdConv2d
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, StdConv2d, freeze_batch_norm_2d
+from torchvision.ops import FrozenBatchNorm2d
 
 import ran_layers
 from ran_layers import insert_attention
@@ -78,6 +79,17 @@ def test_every_form_of_the_module(args: dict[str, object]) -> None:
         assert 0 < count(fused, nn.BatchNorm2d) < count(module, nn.BatchNorm2d)
     elif "norm_layer" not in args:
         assert count(fused, nn.BatchNorm2d) == 0
+
+
+@pytest.mark.parametrize(("name", "kind", "before", "after"), [
+    ("ran_att56_cifar", FrozenBatchNormAct2d, 106, 1), ("resnet18", FrozenBatchNorm2d, 20, 0)])
+def test_frozen_norms_are_folded_too(name: str, kind: type[nn.Module], before: int, after: int) -> None:
+    model = freeze_batch_norm_2d(randomize_norms(timm.create_model(name)))
+    images = torch.randn(2, 3, 32, 32)
+    fused = ran_layers.fuse(model)
+    assert (count(model, kind), count(fused, kind)) == (before, after)
+    with torch.no_grad():
+        assert (fused(images) - model(images)).abs().max() < 1e-4
 
 
 def test_inserted_modules_are_folded_too() -> None:
