@@ -77,8 +77,8 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``torch.fx`` cannot trace it, it is the result of ``torch.compile``, or wrapped for several devices;
-            it is then as it was.
+        ValueError: It cannot be copied (a pruned one), ``torch.fx`` cannot trace it, it is the result of
+            ``torch.compile``, or wrapped for several devices; it is then as it was.
 
     Example:
         >>> import timm
@@ -94,7 +94,7 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError(f"model must not be wrapped in {type(model).__name__}: fuse(model.module)")
     if not inplace:
-        model = copy.deepcopy(model)
+        model = _copy_of(model)
     with evaluating(model):
         graph = _trace(model)
     lent = _lent(model, graph)
@@ -123,6 +123,14 @@ def fuse(model: Network, *, inplace: bool = False) -> Network:
             weight: Any = module.weight
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return model
+
+
+def _copy_of(model: Network) -> Network:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:  # of weights that each forward computes anew, as pruning does; of a lock
+        raise ValueError(f"model must be one that copy.deepcopy can copy, or be fused with inplace=True; "
+                         f"{type(model).__name__} fails with: {_reason(error)}") from error
 
 
 def _fold_into_previous(conv: Any, norm: Any) -> nn.Module:
@@ -224,7 +232,11 @@ def _trace(model: nn.Module) -> torch.fx.Graph:
             vars(module).clear()
             vars(module).update(attributes)
         raise ValueError(f"model must have a forward pass that torch.fx can trace; {type(model).__name__} has not: "
-                         f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+                         f"{_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _lent(model: nn.Module, graph: torch.fx.Graph) -> set[str]:

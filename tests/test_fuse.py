@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.prune as prune
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, StdConv2d, freeze_batch_norm_2d
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -267,6 +268,18 @@ def test_weights_that_a_layer_of_ones_own_reads_keep_their_order() -> None:
     fused, images = ran_layers.fuse(model), torch.randn(2, 3, 9, 9)
     assert (fused(images) - model(images)).abs().max() < 1e-5
     assert fused[2].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_pruned_network_cannot_be_copied_and_is_fused_itself() -> None:
+    model = randomize_norms(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    x = torch.randn(1, 3, 4, 4)
+    expected = model(x)
+    with pytest.raises(ValueError, match=r"be fused with inplace=True; Sequential fails with: Only Tensors created"):
+        ran_layers.fuse(model)
+    assert count(model, nn.BatchNorm2d) == 2
+    torch.testing.assert_close(ran_layers.fuse(model, inplace=True)(x), expected)
+    assert count(model, nn.BatchNorm2d) == 1  # behind the pruned convolution, whose weight is made in each forward
 
 
 def test_errors_say_what_is_wrong() -> None:
