@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import cifar  # noqa: E402
+from small_training import small  # noqa: E402
 
 from harness import augment  # noqa: E402
 from harness.checkpoint import FILE_NAME, load_checkpoint  # noqa: E402
@@ -22,18 +23,18 @@ from harness.muon import Muon, orthogonalize  # noqa: E402
 from harness.options import parse_args  # noqa: E402
 from harness.recipes import lr_scale, make_recipe, resolution_at, sides_seen  # noqa: E402
 
-SMALL = ["--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "160", "--epochs", "2"]
+SMALL = ["--dataset", "digits", "--device", "cpu", "--limit", "160", "--epochs", "2"]
 
 
 def run(*args: str) -> None:
-    cifar.main([*SMALL, *map(str, args)])
+    cifar.main(small(*SMALL, *args))
 
 
 def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     """Run the script, expect exit code 2 and one line of error, and return the line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_info:
-        cifar.main([*([] if "--eval-only" in args else SMALL), *map(str, args)])
+        cifar.main([*map(str, args)] if "--eval-only" in args else small(*SMALL, *args))
     assert exit_info.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
@@ -43,7 +44,7 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_run_leaves_a_loadable_model_and_its_result(tmp_path, capsys):
     run("--out", tmp_path / "run", "--recipe", "best", "--holdout", "32")
     text = capsys.readouterr().out
-    assert "0.59 M parameters" in text
+    assert "0.01 M parameters, 1.4 MMACs an image" in text
     assert "epoch 2/2" in text
     assert "held-out top-1" in text
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -119,8 +120,7 @@ def test_model_kwargs_travel_with_the_weights(tmp_path):
 def test_interrupted_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capsys, optimizer, step):
     # Five steps an epoch: 3 stops inside an epoch, 5 at its last step.
     args = ["--optimizer", optimizer, "--lr", "0.01", "--ema-decay", "0.9", "--cutmix", "1", "--mixup", "0.5",
-            "--cutout", "8", "--rotate", "10", "--shift", "0.1", "--flip", "random", "--drop-path", "0.1",
-            "--model", "plain_cnn8_cifar"]
+            "--cutout", "8", "--rotate", "10", "--shift", "0.1", "--flip", "random", "--drop-path", "0.1"]
     run(*args, "--out", tmp_path / "whole")
 
     calls = 0
@@ -140,7 +140,7 @@ def test_interrupted_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capsy
     assert exit_info.value.code == 128 + signal.SIGTERM
     assert f"stopped at step {step} of 10, saved; go on with: python benchmarks/cifar.py" in capsys.readouterr().out
     # The same command goes on, and so does one that says only where: the checkpoint has the settings.
-    again = [*SMALL, *args] if step == 5 else ["--device", "cpu"]
+    again = small(*SMALL, *args) if step == 5 else ["--device", "cpu"]
     cifar.main([*again, "--out", str(tmp_path / "cut"), "--resume"])
 
     whole, cut = (load_checkpoint(tmp_path / name) for name in ("whole", "cut"))

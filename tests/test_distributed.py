@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import cifar  # noqa: E402
+from small_training import small  # noqa: E402
 
 from harness.data import load_dataset  # noqa: E402
 from harness.distributed import World, data_parallel, leave_world  # noqa: E402
@@ -23,7 +24,7 @@ from harness.kernels.cpu_library import library  # noqa: E402
 from harness.recipes import make_recipe  # noqa: E402
 from harness.trainer import Trainer  # noqa: E402
 
-SMALL = ["--dataset", "digits", "--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "64", "--batch-size", "32"]
+SMALL = small("--dataset", "digits", "--device", "cpu", "--limit", "64", "--batch-size", "32")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
 
 def torchrun(*args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -121,7 +122,7 @@ def test_global_batch_norm_gradients_and_statistics_are_those_of_one_process(tmp
 @pytest.mark.skipif(library() is None, reason="the kernels cannot be built here")
 def test_first_losses_with_the_kernels(tmp_path):
     args = [*SMALL, "--recipe", "quick", "--lr", "0.01", "--epochs", "3", "--limit", "32", "--cpu-kernels",
-            "--precision", "fp32"]
+            "--precision", "fp32", "--model-kwargs", "channels=[16,16,32,32]"]  # all of them are the kernels'
     done = torchrun(BENCHMARKS / "cifar.py", *args, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "fused kernels, 2 processes" in done.stdout

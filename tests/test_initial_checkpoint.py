@@ -12,16 +12,17 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
+from small_training import small
 
 from harness.options import parse_args
 from harness.recipes import make_recipe
 
-SMALL = ["--device", "cpu", "--model", "plain_cnn8_cifar", "--limit", "160", "--epochs", "1"]
+SMALL = ["--device", "cpu", "--limit", "160", "--epochs", "1"]
 
 
 def run(out: Path, *args: object, dataset: str = "digits") -> dict[str, torch.Tensor]:
     """Train, and return the weights."""
-    cifar.main([*SMALL, "--dataset", dataset, "--out", str(out), *map(str, args)])
+    cifar.main(small(*SMALL, "--dataset", dataset, "--out", out, *args))
     return load_file(out / "model.safetensors")
 
 
@@ -94,7 +95,7 @@ def test_other_weights_are_refused_to_resume_with(first, tmp_path, capsys):
 
 
 def test_a_classifier_of_other_classes_begins_anew(first):
-    args = parse_args([*SMALL, "--dataset", "digits"])
+    args = parse_args(small(*SMALL, "--dataset", "digits"))
     data = cifar.load_dataset("digits", None)
     data.class_names = data.class_names[:7]
     model, _ = cifar.build_model(args, make_recipe("quick", "digits", {}), data)
@@ -110,7 +111,7 @@ def test_a_classifier_of_other_classes_begins_anew(first):
 def test_the_folder_is_another_than_that_of_the_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for more in ([], ["--initial-checkpoint", "runs/plain_cnn8_cifar-digits-quick-0/model.safetensors"]):
-        cifar.main([*SMALL, "--dataset", "digits", *more])
+        cifar.main(small(*SMALL, "--dataset", "digits", *more))
     assert {path.name for path in Path("runs").iterdir()} == {
         "plain_cnn8_cifar-digits-quick-0", "plain_cnn8_cifar-digits-quick-0-further"}
 

@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
+from small_training import small
 
 from harness import precision, run
 from harness.kernels import cpu_choice, cpu_library
@@ -84,8 +85,7 @@ def test_kernels_that_are_slow_are_used_only_if_asked_for(monkeypatch, capsys, t
     monkeypatch.setattr(cpu_choice, "_convolution_seconds", lambda ours: 3.0 if ours else 1.0)
     monkeypatch.setattr(run, "kernels_pay", kernels_pay.__wrapped__)
     out = tmp_path / "run"
-    cifar.main(["--model", "plain_cnn8_cifar", "--dataset", "digits", "--device", "cpu", "--limit", "64",
-                "--epochs", "1", "--out", str(out), *flags])
+    cifar.main(small("--dataset", "digits", "--device", "cpu", "--limit", "64", "--epochs", "1", "--out", out, *flags))
     assert ("fused kernels" in capsys.readouterr().out) is used
     assert json.loads((out / "result.json").read_text())["settings"]["cpu_kernels"] is used
 
@@ -93,7 +93,7 @@ def test_kernels_that_are_slow_are_used_only_if_asked_for(monkeypatch, capsys, t
 @needs_compiler
 def test_a_resumed_run_measures_nothing_anew(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    command = ["--model", "plain_cnn8_cifar", "--dataset", "digits", "--device", "cpu", "--limit", "64"]
+    command = small("--dataset", "digits", "--device", "cpu", "--limit", "64")
     for pays in (True, False):
         monkeypatch.setattr(run, "kernels_pay", lambda pays=pays: pays)
         cifar.main([*command, "--epochs", "2", *([] if pays else ["--resume"])])

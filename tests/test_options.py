@@ -101,11 +101,11 @@ def test_a_batch_of_one_image_is_refused_where_nothing_is_left_to_normalise_over
 def test_arguments_of_a_model_may_be_given_by_one_flag_or_several(tmp_path):
     assert parse_args(["--model-kwargs", "a=1", "b=2", "--model-kwargs", "a=3"]).model_kwargs == ["a=3", "b=2"]
     command = ("--model-kwargs", "channels=[16,16,16,16]", "--model-kwargs", "drop_rate=0.1", "--out", tmp_path / "run")
-    run("--epochs", "1", "--limit", "32", "--model", "plain_cnn8_cifar", *command)
+    run("--epochs", "1", "--limit", "32", *command)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["model_args"]["channels"] == [16, 16, 16, 16]
     assert config["model_args"]["drop_rate"] == 0.1
-    run("--epochs", "1", "--limit", "32", "--model", "plain_cnn8_cifar", *command, "--resume")
+    run("--epochs", "1", "--limit", "32", *command, "--resume")
 
 
 @pytest.mark.parametrize(("error", "line"), [

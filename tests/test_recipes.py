@@ -25,7 +25,8 @@ def make_trainer(recipe: Recipe, rows: int = 64, seed: int = 0) -> Trainer:
 
 @pytest.mark.parametrize("recipe", ["quick", "best"])
 def test_training_learns(tmp_path, recipe):
-    run("--recipe", recipe, "--limit", "640", "--ema-decay", "0", "--out", tmp_path / "run")
+    run("--recipe", recipe, "--model-kwargs", "channels=[16,32,64,128]", "--limit", "640", "--epochs", "3",
+        "--ema-decay", "0", "--out", tmp_path / "run")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["final"]["top1"] > 90
 
 

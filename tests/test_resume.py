@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cifar
+from small_training import small
 from test_cifar import fails, run
 from test_data import NOISE, encoded, write_parquet
 from test_recipes import make_trainer
@@ -87,8 +88,8 @@ def test_what_ran_where_is_kept_when_nothing_is_left_to_train(out, monkeypatch):
 
 
 def test_other_threads_are_said(tmp_path, monkeypatch, capsys):
-    command = ["--model", "plain_cnn8_cifar", "--dataset", "digits", "--device", "cpu", "--limit", "64",
-               "--epochs", "2", "--batch-size", "32", "--out", str(tmp_path / "run")]
+    command = small("--dataset", "digits", "--device", "cpu", "--limit", "64", "--epochs", "2", "--batch-size", "32",
+                    "--out", tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(cifar.Display, "step", lambda *_: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit):
@@ -105,7 +106,7 @@ def test_other_threads_are_said(tmp_path, monkeypatch, capsys):
 
 def test_settings_are_those_of_the_run_in_the_default_folder_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["--model", "plain_cnn8_cifar", "--dataset", "digits", "--device", "cpu"]
+    command = small("--dataset", "digits", "--device", "cpu")
     with monkeypatch.context() as patch:
         patch.setattr(cifar.Display, "step", lambda *_: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit):
