@@ -121,15 +121,17 @@ def test_global_batch_norm_gradients_and_statistics_are_those_of_one_process(tmp
 
 @pytest.mark.skipif(library() is None, reason="the kernels cannot be built here")
 def test_first_losses_with_the_kernels(tmp_path):
-    args = [*SMALL, "--recipe", "quick", "--lr", "0.01", "--epochs", "3", "--limit", "32", "--cpu-kernels",
-            "--precision", "fp32", "--model-kwargs", "channels=[16,16,32,32]"]  # all of them are the kernels'
+    # Channels that the kernels take, and a single update of the weights: further ones carry float32's rounding over the
+    # kinks of ReLUs, which moved the loss by 1e-4 for some seeds, in one process too.
+    args = [*SMALL, "--recipe", "quick", "--schedule", "constant", "--lr", "0.005", "--epochs", "2", "--limit", "32",
+            "--cpu-kernels", "--precision", "fp32", "--model-kwargs", "channels=[16,32,32,64]"]
     done = torchrun(BENCHMARKS / "cifar.py", *args, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "fused kernels, 2 processes" in done.stdout
     cifar.main([*args, "--out", str(tmp_path / "one")])
     one, two = ([row["train_loss"] for row in json.loads((tmp_path / name / "result.json").read_text())["epochs"]]
                 for name in ("one", "two"))
-    assert abs(one[2] - one[0]) > 0.01, "the steps must matter to the losses that are compared"
+    assert abs(one[1] - one[0]) > 0.01, "the step must matter to the loss that is compared"
     torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=0, atol=1e-5)
 
     # What two processes saved, one takes up.

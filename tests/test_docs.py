@@ -225,6 +225,7 @@ def run_study(args: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study_report, "draw", lambda table, finished: b"")  # tests/test_study.py draws
         patch.setattr(study, "execute", lambda run, args, deadline: False)
+        patch.setattr(study, "macs_of", lambda model, kwargs: 1_000_000)  # counting those of all networks takes long
         study.main([*args, "--docs", str(docs), "--runs", "study_runs"])
 
 
