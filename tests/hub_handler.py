@@ -38,6 +38,7 @@ class Handler(BaseHTTPRequestHandler):
     body: bytes
     fault: "Fault"
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for the client to acknowledge its headers
     routes = (
         ("POST", r"/api/repos/create", "create"),
         ("DELETE", r"/api/repos/delete", "delete"),

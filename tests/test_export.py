@@ -14,7 +14,8 @@ CASES = {
     "soft": (lambda: AttentionModule(8, mask_depth=2), (2, 8, 9, 12)),
     "local": (lambda: AttentionModule(8, mask="local", mask_act="spatial"), (2, 8, 5, 4)),
     "channel": (lambda: AttentionModule(8, mask_act="channel", learning="naive"), (2, 8, 5, 4)),
-    "network": (lambda: timm.create_model("ran_att56_cifar"), (2, 3, 32, 32)),
+    # One of the three modules, which take long to export; docs/models.md and examples/export_onnx.py have the whole.
+    "network": (lambda: timm.create_model("ran_att56_cifar", modules=(1, 0, 0, 0)), (2, 3, 32, 32)),
 }
 
 

@@ -79,7 +79,7 @@ def test_attention_module(kwargs):
     assert {FusedUnit, FusedHead} <= {type(module) for module in fused.modules()}
     plain = kwargs.get("learning") == "naive" or "mask_act" in kwargs
     assert isinstance(fused, FusedAttentionModule) is not plain
-    compare(model, fused, 4, 64, 12, 8)
+    compare(model, fused, 2, 64, 12, 8)
 
 
 def test_gradients_go_to_the_weights_that_were_cast():

@@ -122,11 +122,11 @@ def test_counts_of_a_stage_are_checked(kwargs, error, message):
 
 def test_arguments_of_a_variant_are_replaced_one_by_one():
     def size(**kwargs):
-        with torch.device("meta"):
-            return sum(p.numel() for p in timm.create_model("ran_att452_cifar_orig", **kwargs).parameters())
+        return sum(p.numel() for p in timm.create_model("ran_att452_cifar_orig", **kwargs).parameters())
 
-    assert size(attention_args={"learning": "naive"}) == size(attention_args={}) == size(attention_args=None) == size()
-    assert size(attention_args={"r": 1}) < size()
+    default = size()
+    assert size(attention_args={"learning": "naive"}) == size(attention_args={}) == size(attention_args=None) == default
+    assert size(attention_args={"r": 1}) < default
     assert len(timm.create_model("resnet18_cifar", layers=(1, 1, 1, 1)).layer1) == 1
 
 

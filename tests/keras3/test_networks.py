@@ -36,7 +36,10 @@ def create_reference(name: str, path: Path, **kwargs) -> torch.nn.Module:
     return network
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [
+    "ran_att56_cifar",
+    pytest.param("ran_att92_cifar", marks=any_backend),  # more layers of the same kinds
+])
 def test_same_logits_and_batch_statistics(name, images, tmp_path):
     path = tmp_path / "weights.safetensors"
     reference = create_reference(name, path)
