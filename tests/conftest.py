@@ -5,24 +5,29 @@ import os
 # for each other. Before torch is imported, and for child processes too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
-
-# Kernels run without a GPU too. Before timm, which imports Triton.
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.nn as nn
-from hub_fixtures import cli, expected, hub, plain_files, run_dir, xet  # noqa: F401 (fixtures)
 
-torch.set_num_threads(1)
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare a process that runs tests; the one that hands them out to others need not wait for torch."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    import torch
+
+    # Kernels run without a GPU too. Before timm, which imports Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+    torch.set_num_threads(1)
+    config.pluginmanager.import_plugin("hub_fixtures")
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -37,6 +42,8 @@ def data_dir() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
@@ -44,17 +51,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def script() -> Callable[[nn.Module], Any]:
+def script() -> Callable[[Any], Any]:
     """``torch.jit.script``, after moving the attribute that torch may take for an operator.
 
     torch 2.15 knows operators by their address and keeps the addresses of some that are gone (those of packets it
     refreshed). The padding of a convolution that comes to lie at one "cannot be used as a value".
     """
+    import torch
 
-    def script_module(model: nn.Module) -> Any:
+    def script_module(model: Any) -> Any:
         gone = torch.jit._builtins._get_builtin_table()
         for module in model.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, torch.nn.Conv2d):
                 kept = []
                 while id(module._reversed_padding_repeated_twice) in gone:
                     kept.append(module._reversed_padding_repeated_twice)
