@@ -28,7 +28,8 @@ from studies.experiments import EXPERIMENTS, TABLES, Experiment, Row, Table, cit
 from studies.report import write_report  # noqa: E402
 from studies.results import load_results  # noqa: E402
 
-TINY = dict(model="plain_cnn8_cifar", dataset="digits", recipe="quick", args=("--limit", "64"))
+TINY = dict(model="plain_cnn8_cifar", dataset="digits", recipe="quick", args=("--limit", "64"),
+            model_kwargs=(("channels", [8, 8, 16, 32]),))
 STUDY = {"tiny-a": Experiment(**TINY), "tiny-b": Experiment(**{**TINY, "args": ("--limit", "64", "--lr", "0.01")})}
 ROWS = (Row("A", "tiny-a", cite("report", "Plain CNN-8")), Row("B", "tiny-b", against="tiny-a"))
 
@@ -47,8 +48,8 @@ def tiny(monkeypatch, tmp_path):
 
 
 def result(error: float, epochs: int = 10, name: str = "tiny-a", seed: int = 0) -> dict:
-    settings = dict(precision="fp32", epochs=epochs, model_kwargs=[], batch_size=32, label_noise=0.0, limit=64,
-                    holdout=0, **({"lr": 0.01} if name == "tiny-b" else {}))
+    settings = dict(precision="fp32", epochs=epochs, model_kwargs=["channels=[8, 8, 16, 32]"], batch_size=32,
+                    label_noise=0.0, limit=64, holdout=0, **({"lr": 0.01} if name == "tiny-b" else {}))
     return dict(
         model="plain_cnn8_cifar", dataset="digits", recipe="quick", seed=seed, settings=settings,
         final={"error": error}, versions={"torch": "2.15.0"}, processes=1,
@@ -273,7 +274,8 @@ def test_budget_picks_what_fits(tiny, tmp_path):
     runs = study.plan(["tiny-a", "tiny-b"], 4, None)
     assert [(run.name, run.seed) for run in runs] == [("tiny-a", 0), ("tiny-b", 0), ("tiny-a", 1), ("tiny-b", 1)]
     seconds = clock.seconds(runs[0])
-    assert seconds == pytest.approx(4 * 50_000 * study.macs_of("plain_cnn8_cifar", "{}") / (100.0 * 1_000_000))
+    macs = study.macs_of("plain_cnn8_cifar", '{"channels": [8, 8, 16, 32]}')
+    assert seconds == pytest.approx(4 * 50_000 * macs / (100.0 * 1_000_000))
     # Of several runs the one in the middle counts, and those with other batches only where there are none with these.
     for images_per_s, batch_size in ((300.0, 32), (20.0, 32), (7.0, 64)):
         clock.add(dict(result(0), images_per_s=images_per_s, settings={"batch_size": batch_size}))
