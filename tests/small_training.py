@@ -1,6 +1,7 @@
 """The network that the tests of the scripts train: as small as can be, for it is the scripts that are tested."""
 
-NETWORK = ["--model", "plain_cnn8_cifar", "--model-kwargs", "channels=[8,8,16,32]"]
+CHANNELS = [8, 8, 16, 32]
+NETWORK = ["--model", "plain_cnn8_cifar", "--model-kwargs", f"channels={CHANNELS}"]
 
 
 def small(*args: object) -> list[str]:

@@ -119,6 +119,14 @@ def test_global_batch_norm_gradients_and_statistics_are_those_of_one_process(tmp
         pytest.skip("the kernels cannot be built here: the rest is compared, and equal")
 
 
+def results_of(one, two):
+    return (json.loads((folder / "result.json").read_text()) for folder in (one, two))
+
+
+def losses_of(result):
+    return [row["train_loss"] for row in result["epochs"]]
+
+
 @pytest.mark.skipif(library() is None, reason="the kernels cannot be built here")
 def test_first_losses_with_the_kernels(tmp_path):
     # Channels that the kernels take, and a single update of the weights: further ones carry float32's rounding over the
@@ -129,8 +137,7 @@ def test_first_losses_with_the_kernels(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "fused kernels, 2 processes" in done.stdout
     cifar.main([*args, "--out", str(tmp_path / "one")])
-    one, two = ([row["train_loss"] for row in json.loads((tmp_path / name / "result.json").read_text())["epochs"]]
-                for name in ("one", "two"))
+    one, two = (losses_of(result) for result in results_of(tmp_path / "one", tmp_path / "two"))
     assert abs(one[1] - one[0]) > 0.01, "the step must matter to the loss that is compared"
     torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=0, atol=1e-5)
 
@@ -173,10 +180,6 @@ def together(tmp_path_factory):
     return folder
 
 
-def results_of(one, two):
-    return (json.loads((folder / "result.json").read_text()) for folder in (one, two))
-
-
 def test_first_losses_do_not_depend_on_the_number_of_processes(together, tmp_path):
     torch.set_default_dtype(torch.float64)
     try:
@@ -187,7 +190,7 @@ def test_first_losses_do_not_depend_on_the_number_of_processes(together, tmp_pat
     one, two = results_of(tmp_path / "one", together / "double")
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["command"].startswith("torchrun --nproc-per-node 2 benchmarks/cifar.py")
-    losses = [[row["train_loss"] for row in result["epochs"]] for result in (one, two)]
+    losses = [losses_of(result) for result in (one, two)]
     assert abs(losses[0][3] - losses[0][0]) > 0.01, "the steps must matter to the losses that are compared"
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0, atol=1e-5)
     assert one["final"] == two["final"]
@@ -198,8 +201,7 @@ def test_without_sync_bn_each_process_normalises_its_slice(together, tmp_path):
     one, two = results_of(tmp_path / "one", together / "slices")
     assert (one["settings"]["bn_batch"], two["settings"]["bn_batch"]) == (32, 16)
     # Later losses would differ by their rounding too, with the statistics of the global batch.
-    losses = [result["epochs"][0]["train_loss"] for result in (one, two)]
-    assert abs(losses[0] - losses[1]) > 1e-3
+    assert abs(losses_of(one)[0] - losses_of(two)[0]) > 1e-3
 
 
 def test_each_process_goes_on_with_its_own_random_numbers(monkeypatch):

@@ -15,6 +15,7 @@ import cifar  # noqa: E402
 import scaling  # noqa: E402
 import study  # noqa: E402
 import throughput  # noqa: E402
+from small_training import CHANNELS  # noqa: E402
 from timm import create_model  # noqa: E402
 
 from harness.checkpoint import CheckpointWriter  # noqa: E402
@@ -29,7 +30,7 @@ from studies.report import write_report  # noqa: E402
 from studies.results import load_results  # noqa: E402
 
 TINY = dict(model="plain_cnn8_cifar", dataset="digits", recipe="quick", args=("--limit", "64"),
-            model_kwargs=(("channels", [8, 8, 16, 32]),))
+            model_kwargs=(("channels", CHANNELS),))
 STUDY = {"tiny-a": Experiment(**TINY), "tiny-b": Experiment(**{**TINY, "args": ("--limit", "64", "--lr", "0.01")})}
 ROWS = (Row("A", "tiny-a", cite("report", "Plain CNN-8")), Row("B", "tiny-b", against="tiny-a"))
 
@@ -48,7 +49,7 @@ def tiny(monkeypatch, tmp_path):
 
 
 def result(error: float, epochs: int = 10, name: str = "tiny-a", seed: int = 0) -> dict:
-    settings = dict(precision="fp32", epochs=epochs, model_kwargs=["channels=[8, 8, 16, 32]"], batch_size=32,
+    settings = dict(precision="fp32", epochs=epochs, model_kwargs=[f"channels={CHANNELS}"], batch_size=32,
                     label_noise=0.0, limit=64, holdout=0, **({"lr": 0.01} if name == "tiny-b" else {}))
     return dict(
         model="plain_cnn8_cifar", dataset="digits", recipe="quick", seed=seed, settings=settings,
@@ -274,7 +275,7 @@ def test_budget_picks_what_fits(tiny, tmp_path):
     runs = study.plan(["tiny-a", "tiny-b"], 4, None)
     assert [(run.name, run.seed) for run in runs] == [("tiny-a", 0), ("tiny-b", 0), ("tiny-a", 1), ("tiny-b", 1)]
     seconds = clock.seconds(runs[0])
-    macs = study.macs_of("plain_cnn8_cifar", '{"channels": [8, 8, 16, 32]}')
+    macs = study.macs_of("plain_cnn8_cifar", json.dumps({"channels": CHANNELS}))
     assert seconds == pytest.approx(4 * 50_000 * macs / (100.0 * 1_000_000))
     # Of several runs the one in the middle counts, and those with other batches only where there are none with these.
     for images_per_s, batch_size in ((300.0, 32), (20.0, 32), (7.0, 64)):

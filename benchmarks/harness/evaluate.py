@@ -47,11 +47,14 @@ def count_macs(model: torch.nn.Module, side: int | None = None) -> int:
     The image has the size the model is configured for, or ``side`` pixels each way.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    # With gradients: without them the counter fails where a module is given a parameter, as a token of a transformer.
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    was_training, trained = model.training, [param for param in model.parameters() if param.requires_grad]
+    # The counter follows gradients, which takes as long again. With torch.no_grad alone it fails where a module is
+    # given a parameter that has one, as a token of a transformer.
+    model.eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
         channels, *size = model.pretrained_cfg["input_size"]
         model(torch.zeros(1, channels, *([side] * 2 if side else size), device=device))
     model.train(was_training)
+    for param in trained:
+        param.requires_grad_()
     return counter.get_total_flops() // 2
